@@ -1,0 +1,30 @@
+"""Lookahead (Zhang, Lucas, Hinton, Ba 2019) for PyTorch Lightning: k steps forward, 1 step back.
+
+The names are imported when they are first used, so that a plain PyTorch loop with `SlowWeights` does not pay for
+importing Lightning.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lightning_lookahead.callback import LookaheadCallback
+    from lightning_lookahead.checkpointing import load_weights
+    from lightning_lookahead.slow_weights import SlowWeights
+
+__all__ = ["LookaheadCallback", "SlowWeights", "load_weights"]
+
+_MODULES = {"LookaheadCallback": "callback", "SlowWeights": "slow_weights", "load_weights": "checkpointing"}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _MODULES:
+        message = f"module {__name__!r} has no attribute {name!r}"
+        raise AttributeError(message)
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,67 @@
+"""Arithmetic over lists of tensors, in place: the only file that knows how torch batches it.
+
+Every function takes lists of equal length whose tensors match pairwise in shape and dtype, works under ``no_grad``,
+and issues no collective and no host synchronisation.
+"""
+
+from __future__ import annotations
+
+import zlib
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@torch.inference_mode(mode=False)
+@torch.no_grad()
+def copies(tensors: list[Tensor]) -> list[Tensor]:
+    """Copy each tensor into storage of its own, with its strides.
+
+    Ordinary tensors also where the caller is in inference mode (as Lightning's validation is): an inference tensor
+    could not be updated in place by a later sync.
+    """
+    return [tensor.detach().clone() for tensor in tensors]
+
+
+@torch.no_grad()
+def copy_(targets: list[Tensor], sources: list[Tensor]) -> None:
+    """Copy each source into its target; the two may be on different devices."""
+    if targets:
+        torch._foreach_copy_(targets, sources)
+
+
+@torch.no_grad()
+def interpolate_(slow: list[Tensor], fast: list[Tensor], alpha: float) -> None:
+    """``slow <- slow + alpha * (fast - slow)``, the outer step of Algorithm 1.
+
+    ``lerp`` computes it from the nearer end (``fast - (1 - alpha) * (fast - slow)`` from one half on), without a
+    temporary, so that ``alpha=1`` gives ``fast`` exactly; ``slow + 1 * (fast - slow)`` would not.
+    """
+    if slow:
+        torch._foreach_lerp_(slow, fast, alpha)
+
+
+@torch.no_grad()
+def exchange_(left: list[Tensor], right: list[Tensor]) -> None:
+    """Exchange the values of each pair, with one tensor's worth of extra memory at a time."""
+    for a, b in zip(left, right, strict=True):
+        values = a.clone()
+        a.copy_(b)
+        b.copy_(values)
+
+
+@torch.no_grad()
+def distance(left: list[Tensor], right: list[Tensor]) -> Tensor:
+    """Euclidean distance between two lists seen as two long vectors: a 0-dim tensor on the first one's device."""
+    norms = [torch.linalg.vector_norm(a - b) for a, b in zip(left, right, strict=True)]
+    total: Tensor = torch.linalg.vector_norm(torch.stack([norm.to(norms[0]) for norm in norms]))
+    return total
+
+
+def checksum(tensor: Tensor) -> int:
+    """CRC-32 of a tensor's bytes in row-major order: equal bits give equal sums on every device."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return zlib.crc32(flat.view(torch.uint8).numpy().data)

@@ -1,0 +1,344 @@
+"""`LookaheadCallback`: the Trainer's hooks call the outer loop. Wiring only, no arithmetic on weights."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from lightning.pytorch import Callback
+from typing_extensions import override
+
+from lightning_lookahead._tensors import copies
+from lightning_lookahead.checkpointing import VERSION, Weights, check_version, check_weights, replace_aliases
+from lightning_lookahead.slow_weights import (
+    SlowWeights,
+    check_alpha,
+    check_k,
+    check_optimizer,
+    warn_of_differences,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from lightning.pytorch import LightningModule, Trainer
+    from lightning.pytorch.strategies import Strategy
+
+    class TwinCallback:
+        """The same class twice: for types, one of them is enough."""
+
+else:
+    from pytorch_lightning import Callback as TwinCallback
+
+# Callbacks that leave an average of their own in the module when training ends. Told by name, here and below, because
+# `lightning.pytorch` and `pytorch_lightning` have each their own class.
+_AVERAGERS = {"StochasticWeightAveraging", "WeightAveraging"}
+_TUNERS = {"BatchSizeFinder", "LearningRateFinder"}
+_UNSUPPORTED_STRATEGIES = {
+    "DeepSpeedStrategy": "the engine keeps the weights out of the optimizer's reach",
+    "FSDPStrategy": "sharded weights are not supported yet",
+    "ModelParallelStrategy": "sharded weights are not supported yet",
+    "XLAStrategy": "weights on XLA devices are not supported yet",
+    "XLAFSDPStrategy": "weights on XLA devices are not supported yet",
+    "SingleDeviceXLAStrategy": "weights on XLA devices are not supported yet",
+}
+
+
+class LookaheadCallback(Callback, TwinCallback):  # each package's Trainer takes only its own Callback
+    """Lookahead around whatever optimizer the module configures: k steps forward, 1 step back.
+
+    Each optimizer has its own count of inner steps. Under automatic optimization the weights are synced in
+    ``on_train_batch_end``; under manual optimization, where one batch may hold several steps, right after the k-th.
+    A run that is stopped and resumed, at any step, is the uninterrupted run bit for bit.
+
+    Args:
+        k: Inner steps from one sync to the next; at least 1.
+        alpha: Slow weights step size, in (0, 1]; 1 leaves the inner optimizer as it is.
+        eval_weights: The weights that validation sees, that a checkpoint's ``state_dict`` holds and that the module
+            holds after fit: ``"slow"`` (phi, what the algorithm returns) or ``"fast"`` (theta).
+        pullback_momentum: What a sync does to the inner optimizer's momentum: ``"none"`` leaves it alone.
+        log_syncs: Log ``lookahead/syncs``, the syncs done so far, to the progress bar and loggers.
+        log_distance: Log ``lookahead/distance``, how far theta and phi were apart just before a sync (Euclidean).
+
+    Raises:
+        ValueError: If an argument is out of range.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> from lightning.pytorch.demos.boring_classes import BoringModel
+        >>> trainer = Trainer(
+        ...     callbacks=[LookaheadCallback(k=5, alpha=0.5)], max_steps=10, logger=False,
+        ...     enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, accelerator="cpu",
+        ... )
+        >>> trainer.fit(BoringModel())
+        >>> trainer.callbacks[0].slow_weights
+        [SlowWeights(SGD, k=5, alpha=0.5, syncs=2)]
+
+    Source: Zhang, Lucas, Hinton, Ba 2019, Algorithm 1 and section 3.
+    """
+
+    def __init__(  # noqa: PLR0917
+        self,
+        k: int = 5,
+        alpha: float = 0.5,
+        eval_weights: Weights = "slow",
+        pullback_momentum: Literal["none"] = "none",
+        log_syncs: bool = True,  # noqa: FBT001, FBT002 (YAML and the command line name every argument)
+        log_distance: bool = False,  # noqa: FBT001, FBT002
+    ) -> None:
+        super().__init__()
+        check_k(k)
+        check_alpha(alpha)
+        check_weights(eval_weights, "eval_weights")
+        if pullback_momentum != "none":
+            message = f"pullback_momentum={pullback_momentum!r} is unknown: give 'none'."
+            raise ValueError(message)
+        self.k = k
+        self.alpha = alpha
+        self.eval_weights: Weights = eval_weights
+        self.pullback_momentum = pullback_momentum
+        self.log_syncs = log_syncs
+        self.log_distance = log_distance
+        self.slow_weights: list[SlowWeights] = []
+        """One for each optimizer, from the start of a fit until the next fit starts."""
+        self._logged: list[int] = []  # syncs that were logged, for each optimizer
+        self._restored: list[dict[str, Any]] = []  # counters from a checkpoint, until there are optimizers to count for
+
+    # -- one fit
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        _check_trainer(trainer)
+        for slow in self.slow_weights:
+            slow.close()
+        self.slow_weights, self._restored = [], []
+        # First, so that every other callback finds the weights that validation and the end of training are about:
+        # pruning masks them, averaging replaces them. Only the tuners stay ahead, as Lightning sorts them.
+        others = [callback for callback in _callbacks(trainer) if callback is not self]
+        ahead = sum(_is_a(callback, _TUNERS) for callback in others)
+        trainer.callbacks = [*others[:ahead], self, *others[ahead:]]  # type: ignore[attr-defined]
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        optimizers = [optimizer for optimizer in trainer.optimizers if not _is_a(optimizer, {"_MockOptimizer"})]
+        if not optimizers:
+            warnings.warn("configure_optimizers gave no optimizer: there is nothing to look ahead with.", stacklevel=2)
+            return
+        for optimizer in optimizers:
+            check_optimizer(optimizer)
+        _check_disjoint(optimizers, pl_module)
+        if self._restored and len(self._restored) != len(optimizers):
+            message = (
+                f"The checkpoint was made with {len(self._restored)} optimizers, and configure_optimizers gives"
+                f" {len(optimizers)}: resume with the same optimizers."
+            )
+            raise ValueError(message)
+        self.slow_weights = [
+            SlowWeights(
+                optimizer,
+                self.k,
+                self.alpha,
+                sync_in_step=not pl_module.automatic_optimization,
+                model_weights=self.eval_weights,
+                measure_distance=self.log_distance,
+            )
+            for optimizer in optimizers
+        ]
+        self._load_counters()
+        if self.eval_weights == "slow":
+            # Lightning asks the strategy, once, for the weights of every checkpoint; with save_weights_only=True no
+            # hook of a callback is called. A partial, unlike a closure, leaves the strategy picklable.
+            trainer.strategy.lightning_module_state_dict = functools.partial(  # type: ignore[method-assign]
+                self._slow_state_dict, trainer.strategy
+            )
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for slow in self.slow_weights:
+            if slow.due:  # the checkpoint was saved after the k-th step and before its on_train_batch_end
+                slow.sync()
+        self._logged = [slow.syncs for slow in self.slow_weights]
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        for index, slow in enumerate(self.slow_weights):
+            if slow.due:
+                slow.sync()
+            if slow.syncs != self._logged[index]:
+                self._logged[index] = slow.syncs
+                self._log(trainer, pl_module, slow, f"/{index}" if len(self.slow_weights) > 1 else "")
+
+    def _log(self, trainer: Trainer, pl_module: LightningModule, slow: SlowWeights, suffix: str) -> None:
+        if trainer.barebones:
+            return
+        if self.log_syncs:
+            # A CPU tensor: with a number Lightning makes one on the device, which the progress bar then waits for.
+            pl_module.log(f"lookahead/syncs{suffix}", torch.tensor(float(slow.syncs)), prog_bar=True)
+        if slow.last_distance is not None:
+            pl_module.log(f"lookahead/distance{suffix}", slow.last_distance, prog_bar=True)
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._finish(trainer)
+
+    @override
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._finish(trainer)  # on_train_end is left out where no batch was trained
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if trainer.state.fn == "fit":
+            for slow in self.slow_weights:
+                slow.put("fast")
+                slow.stop()
+
+    def _finish(self, trainer: Trainer) -> None:
+        for slow in self.slow_weights:
+            if not any(_is_a(callback, _AVERAGERS) for callback in _callbacks(trainer)):
+                slow.put(self.eval_weights)
+            slow.stop()
+
+    # -- either set of weights
+
+    @override
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == "fit":
+            for slow in self.slow_weights:
+                slow.put(self.eval_weights)
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == "fit":
+            for slow in self.slow_weights:
+                slow.put("fast")
+
+    @contextmanager
+    def use_weights(self, weights: Weights) -> Iterator[None]:
+        """Let the module hold the ``"slow"`` or ``"fast"`` weights inside the ``with`` block, in place.
+
+        After it the module holds what it held before, also if an exception was raised inside. During a fit and after
+        it, until the next one starts.
+
+        Raises:
+            ValueError: If ``weights`` is neither.
+            RuntimeError: If no fit was started yet.
+        """
+        check_weights(weights)
+        if not self.slow_weights:
+            message = "There is only one set of weights yet: use_weights() works from the start of a fit on."
+            raise RuntimeError(message)
+        with ExitStack() as stack:
+            for slow in self.slow_weights:
+                stack.enter_context(slow.use(weights))
+            yield
+
+    # -- checkpoints
+
+    def _slow_state_dict(self, strategy: Strategy) -> dict[str, Any]:
+        """What ``strategy.lightning_module_state_dict()`` returns during a fit and after it: phi, swapped or not."""
+        original = functools.partial(type(strategy).lightning_module_state_dict, strategy)
+        state_dict = original()
+        replacements = {
+            fast: phi for slow in self.slow_weights if slow.holds == "fast" for fast, phi in slow.values("slow").items()
+        }
+        if not replace_aliases(state_dict, replacements):
+            # Some are left out or computed from the parameters: then phi has to be there while that is done.
+            with self.use_weights("slow"):
+                state_dict = original()
+                mine = {fast.data_ptr() for fast in replacements}
+                own = {name: value for name, value in state_dict.items() if getattr(value, "data_ptr", int)() in mine}
+                state_dict.update(zip(own, copies(list(own.values())), strict=True))
+        return state_dict
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        """Settings and counters, without tensors: the weights travel in the module's and the optimizers' states."""
+        counters = [slow.state_dict() for slow in self.slow_weights] or self._restored
+        return {
+            "lookahead_version": VERSION,
+            **self._settings(),
+            "optimizers": [{name: state[name] for name in state if name not in self._settings()} for state in counters],
+        }
+
+    def _settings(self) -> dict[str, Any]:
+        return {
+            "k": self.k,
+            "alpha": self.alpha,
+            "eval_weights": self.eval_weights,
+            "pullback_momentum": self.pullback_momentum,
+        }
+
+    @override
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        names: dict[Any, list[str]] = {}
+        for name, parameter in pl_module.named_parameters(remove_duplicate=False):
+            names.setdefault(parameter, []).append(name)
+        checkpoint["callbacks"][self.state_key]["names"] = [
+            [names.get(parameter, []) for group in optimizer.param_groups for parameter in group["params"]]
+            for optimizer in trainer.optimizers
+        ]
+
+    @override
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if trainer.state.fn != "fit":
+            return
+        saved = checkpoint["callbacks"].get(self.state_key)
+        if saved is None:
+            warnings.warn(
+                "The checkpoint was made without LookaheadCallback: slow and fast weights both start from its weights.",
+                stacklevel=2,
+            )
+            return
+        check_version(saved.get("lookahead_version"))
+        warn_of_differences(saved, self._settings())
+        self._restored = saved["optimizers"]
+        self._load_counters()
+
+    def _load_counters(self) -> None:
+        # The Trainer loads callbacks before there are optimizers (one device, DDP) or after (sharded strategies).
+        if self.slow_weights:
+            for slow, counters in zip(self.slow_weights, self._restored, strict=False):
+                slow.load_state_dict(counters)
+            self._restored = []
+
+
+def _callbacks(trainer: Trainer) -> list[Callback]:
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a part of the Trainer
+    return callbacks
+
+
+def _is_a(instance: object, names: set[str]) -> bool:
+    return any(base.__name__ in names for base in type(instance).__mro__)
+
+
+def _check_trainer(trainer: Trainer) -> None:
+    if sum(isinstance(callback, LookaheadCallback) for callback in _callbacks(trainer)) > 1:
+        message = "The Trainer has a second LookaheadCallback, which would pull back twice: keep one of them."
+        raise ValueError(message)
+    for name, reason in _UNSUPPORTED_STRATEGIES.items():
+        if _is_a(trainer.strategy, {name}):
+            message = (
+                f"LookaheadCallback cannot be used with strategy={type(trainer.strategy).__name__}: {reason}. Use one"
+                " device or strategy='ddp'."
+            )
+            raise ValueError(message)
+
+
+def _check_disjoint(optimizers: list[Any], pl_module: LightningModule) -> None:
+    names = {parameter: name for name, parameter in pl_module.named_parameters()}
+    seen: dict[Any, int] = {}
+    for index, optimizer in enumerate(optimizers):
+        for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
+            if seen.setdefault(parameter, index) != index:
+                message = (
+                    f"Parameter {names.get(parameter, 'outside the module')!r} is in optimizers {seen[parameter]} and"
+                    f" {index}: each would pull it back to slow weights of its own. Give it to one of them."
+                )
+                raise ValueError(message)

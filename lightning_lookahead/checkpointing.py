@@ -1,0 +1,218 @@
+"""Which weights a checkpoint holds, and where the others travel.
+
+The model's ``state_dict`` holds one set of weights. The other set travels in the optimizer's ``state_dict``, as one
+more entry of each parameter's state: the only place that every strategy of Lightning saves, shards and restores.
+Beside it stands a checksum of the weights in the model's ``state_dict``. The two sets belong together only as long as
+that checksum holds: if the weights were changed in between (``LightningModule.on_load_checkpoint``, a run without
+Lookahead), the other set is out of date.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from lightning_lookahead._tensors import checksum
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Hashable, Iterator, Mapping
+
+    from torch import Tensor
+    from torch.optim import Optimizer
+
+Weights = Literal["slow", "fast"]
+"""Which set of weights: ``"slow"`` is phi, ``"fast"`` is theta."""
+
+OTHER: dict[Weights, Weights] = {"slow": "fast", "fast": "slow"}
+VERSION = 1
+"""Version of what is saved here and in the callback's state, raised when an older reader would get it wrong."""
+
+_CARRIED = {"lookahead_slow": "slow", "lookahead_fast": "fast"}
+_CHECKSUM = "lookahead_checksum"
+
+
+def check_weights(weights: str, argument: str = "weights") -> None:
+    """Raise a ``ValueError`` unless ``weights`` is ``"slow"`` or ``"fast"``."""
+    if weights not in OTHER:
+        message = f"{argument}={weights!r} is unknown: give 'slow' (phi) or 'fast' (theta)."
+        raise ValueError(message)
+
+
+@dataclass
+class Carried:
+    """The set of weights that an optimizer's ``state_dict`` carried, by parameter.
+
+    Attributes:
+        weights: Which set it is.
+        values: Parameter -> its value in that set, of the parameter's shape.
+        checksums: Parameter -> checksum of its value in the model's ``state_dict``.
+    """
+
+    weights: Weights
+    values: dict[Tensor, Tensor] = field(default_factory=dict)
+    checksums: dict[Tensor, int] = field(default_factory=dict)
+
+    def belongs_to(self, parameter: Tensor) -> bool:
+        """Whether ``parameter`` has the value beside which its other value was saved."""
+        return parameter in self.values and self.checksums[parameter] == checksum(parameter)
+
+
+def pack(state_dict: dict[str, Any], optimizer: Optimizer, carried: Carried) -> dict[str, Any]:
+    """Return the optimizer's ``state_dict`` with ``carried`` in it; neither the argument nor live state is changed."""
+    state = dict(state_dict["state"])
+    for parameter, key in _keys(state_dict, optimizer):
+        if parameter in carried.values:
+            own = state.get(key, {})
+            state[key] = {
+                **own,
+                f"lookahead_{carried.weights}": carried.values[parameter],
+                _CHECKSUM: carried.checksums[parameter],
+            }
+    return {**state_dict, "state": state}
+
+
+def fits(state_dict: dict[str, Any], optimizer: Optimizer) -> bool:
+    """Whether the optimizer's ``state_dict`` has this optimizer's groups; if not, torch refuses it in its own words."""
+    saved, live = state_dict.get("param_groups", []), optimizer.param_groups
+    return [len(group["params"]) for group in saved] == [len(group["params"]) for group in live]
+
+
+def unpack(state_dict: dict[str, Any], optimizer: Optimizer) -> tuple[dict[str, Any], Carried | None]:
+    """Return the optimizer's ``state_dict`` as torch wants it, and what it carried; the argument is not changed.
+
+    ``None`` if it carried nothing. The two must have the same groups, see `fits`.
+
+    Raises:
+        ValueError: If a carried tensor has another shape than its parameter.
+    """
+    entries: dict[Hashable, dict[str, Any]] = {}
+    state = {}
+    for key, own in state_dict["state"].items():
+        taken = {name: own[name] for name in (*_CARRIED, _CHECKSUM) if name in own}
+        rest = {name: value for name, value in own.items() if name not in taken}
+        if taken:
+            entries[key] = taken
+        if rest or not taken:  # SGD without momentum has no state: then none is left, as it was before packing
+            state[key] = rest
+    plain = {**state_dict, "state": state}
+    carried: Carried | None = None
+    for parameter, key in _keys(plain, optimizer):
+        for name, weights in _CARRIED.items():
+            if name not in entries.get(key, {}):
+                continue
+            value = entries[key][name]
+            if value.shape != parameter.shape:
+                message = (
+                    f"The {weights} weights of parameter {key!r} have shape {tuple(value.shape)} in the checkpoint, but"
+                    f" the parameter has {tuple(parameter.shape)}: the checkpoint is of another model. Load it into"
+                    " the model that it was saved from, or start a new run from its weights alone."
+                )
+                raise ValueError(message)
+            carried = carried or Carried(weights)  # type: ignore[arg-type]
+            carried.values[parameter] = value
+            carried.checksums[parameter] = entries[key].get(_CHECKSUM, -1)
+    return plain, carried
+
+
+def _keys(state_dict: dict[str, Any], optimizer: Optimizer) -> Iterator[tuple[Tensor, Hashable]]:
+    """Each parameter and its key in ``state_dict["state"]``: an int in one strategy, a name in another."""
+    for saved, live in zip(state_dict["param_groups"], optimizer.param_groups, strict=True):
+        yield from zip(live["params"], saved["params"], strict=True)
+
+
+def replace_aliases(state_dict: dict[str, Any], replacements: Mapping[Tensor, Tensor]) -> bool:
+    """Put ``replacements`` into a module's fresh ``state_dict`` wherever it shows the parameters themselves.
+
+    Matches by storage and not by name, so that tied, compiled and renamed parameters need no care. Returns whether
+    every parameter was met: if not, the ``state_dict`` leaves some out or holds something computed from them.
+    """
+    by_pointer = {parameter.data_ptr(): parameter for parameter in replacements if parameter.numel()}
+    missing = set(by_pointer)
+    for name, value in state_dict.items():
+        parameter = by_pointer.get(value.data_ptr()) if isinstance(value, torch.Tensor) else None
+        if parameter is not None and value.shape == parameter.shape and value.dtype == parameter.dtype:
+            state_dict[name] = replacements[parameter].detach()
+            missing.discard(parameter.data_ptr())
+    return not missing
+
+
+def load_weights(
+    path: str | os.PathLike[str], weights: Weights = "slow", *, weights_only: bool = True
+) -> dict[str, Tensor]:
+    """Read one set of weights out of a checkpoint file, without a Trainer.
+
+    Args:
+        path: A checkpoint file that a run with `LookaheadCallback` saved.
+        weights: ``"slow"`` (phi, what the algorithm returns) or ``"fast"`` (theta, where the inner optimizer was).
+        weights_only: As in `torch.load`. ``False`` runs code from the file: only for files that you trust.
+
+    Returns:
+        Parameter and buffer names -> tensors on the CPU, for ``module.load_state_dict``. The ``_orig_mod.`` that
+        ``torch.compile`` puts into names is left out: load first, compile then.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is damaged, no Lightning checkpoint, was made without the callback, or does not hold
+            both sets (``save_weights_only=True``).
+
+    Example::
+
+        model.load_state_dict(load_weights("run.ckpt", "slow"))
+    """
+    check_weights(weights)
+    checkpoint = _read(path, weights_only=weights_only)
+    saved = _callback_state(checkpoint, path)
+    state_dict = dict(checkpoint["state_dict"])
+    if weights != saved["eval_weights"]:
+        for optimizer_state, names in zip(checkpoint["optimizer_states"], saved["names"], strict=True):
+            keys = [key for group in optimizer_state["param_groups"] for key in group["params"]]
+            for key, aliases in zip(keys, names, strict=True):
+                entry = optimizer_state["state"].get(key, {})
+                if f"lookahead_{weights}" in entry:
+                    state_dict.update(dict.fromkeys(aliases, entry[f"lookahead_{weights}"]))
+    return {name.replace("_orig_mod.", ""): value for name, value in state_dict.items()}
+
+
+def _read(path: str | os.PathLike[str], *, weights_only: bool) -> dict[str, Any]:
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=weights_only)
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        hint = "it holds objects other than tensors, or it is cut short or damaged" if weights_only else "is it whole?"
+        message = (
+            f"{path} cannot be read as a checkpoint: {hint} ({type(error).__name__}). A checkpoint with objects of"
+            " your own classes (hyperparameters, say) can be read with weights_only=False if you trust it."
+        )
+        raise ValueError(message) from error
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
+        message = f"{path} is no Lightning checkpoint: it has no 'state_dict'. Give a file that a Trainer saved."
+        raise ValueError(message)  # noqa: TRY004 (the argument is a path; what is wrong is in the file)
+    return checkpoint
+
+
+def _callback_state(checkpoint: dict[str, Any], path: str | os.PathLike[str]) -> dict[str, Any]:
+    for state in checkpoint.get("callbacks", {}).values():
+        if isinstance(state, dict) and "lookahead_version" in state:
+            check_version(state["lookahead_version"], path)
+            if state["optimizers"]:
+                return state
+    message = (
+        f"{path} holds one set of weights and does not say which: it was saved without LookaheadCallback, before"
+        " training began, or with save_weights_only=True. Use torch.load(path)['state_dict'] for the weights that it"
+        " has, or save whole checkpoints."
+    )
+    raise ValueError(message)
+
+
+def check_version(version: object, path: object = "The checkpoint") -> None:
+    """Raise a ``ValueError`` unless this version of the package can read what was saved."""
+    if version != VERSION:
+        message = (
+            f"{path} has Lookahead state of version {version!r}; this package reads version {VERSION}. Update"
+            " lightning-lookahead (or take the version that saved it)."
+        )
+        raise ValueError(message)

@@ -1,0 +1,375 @@
+"""The outer loop of Lookahead around one torch optimizer. Imports torch and nothing of Lightning."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from torch.optim import Optimizer
+
+from lightning_lookahead._tensors import checksum, copies, copy_, distance, exchange_, interpolate_
+from lightning_lookahead.checkpointing import OTHER, Carried, Weights, check_weights, fits, pack, unpack
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import Tensor
+
+
+class SlowWeights:
+    """The outer loop of Lookahead around one optimizer: one slow tensor per trained parameter.
+
+    Every ``k`` inner steps the slow weights go part of the way to the fast ones, and the fast ones are put there::
+
+        phi   <- phi + alpha * (theta - phi)
+        theta <- phi
+
+    The second line copies and never recomputes, so both are equal bit for bit after a sync, in every dtype. phi starts
+    from the weights before the first step. An inner step is one that moved weights: a call of ``optimizer.step()``
+    that a gradient scaler skipped, or before which no parameter had a gradient, does not count.
+
+    The set of weights that the parameters do not hold travels in ``optimizer.state_dict()``. To resume, save the
+    model, the optimizer and this object, build the three anew and load each one's ``state_dict``, in any order.
+
+    Args:
+        optimizer: The inner optimizer, any `torch.optim.Optimizer`. Its parameters must be where they will be trained
+            (device, shard). Parameters that need no gradient are left alone, until they do; added ones join.
+        k: Inner steps from one sync to the next; at least 1.
+        alpha: Slow weights step size, the fraction of the way to go, in (0, 1]. 1 leaves the inner optimizer as it is.
+        sync_in_step: Sync by itself at the end of the k-th ``optimizer.step()``; ``False`` leaves it to the caller,
+            who calls `sync` when `due`.
+        model_weights: The weights that the model's own ``state_dict`` holds in checkpoints; ``optimizer.state_dict()``
+            carries the others. ``None``: those that the parameters hold when it is called.
+        measure_distance: Keep the Euclidean distance between theta and phi just before each sync in `last_distance`,
+            a 0-dim tensor on the parameters' device.
+
+    Raises:
+        TypeError: If ``optimizer`` is not a torch optimizer.
+        ValueError: If ``k`` or ``alpha`` is out of range, the optimizer trains no parameter, or it is itself a
+            Lookahead wrapper.
+
+    Example:
+        >>> import torch
+        >>> weight = torch.nn.Parameter(torch.tensor([1.0]))
+        >>> optimizer = torch.optim.SGD([weight], lr=0.25)
+        >>> slow = SlowWeights(optimizer, k=2, alpha=0.5)
+        >>> for _ in range(2):  # two steps down the slope of w**2: 1 -> 0.5 -> 0.25, then half the way back
+        ...     optimizer.zero_grad()
+        ...     (weight**2).sum().backward()
+        ...     loss = optimizer.step()
+        >>> weight.item(), slow.syncs
+        (0.625, 1)
+
+    Source: Zhang, Lucas, Hinton, Ba 2019, Algorithm 1.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        k: int = 5,
+        alpha: float = 0.5,
+        *,
+        sync_in_step: bool = True,
+        model_weights: Weights | None = None,
+        measure_distance: bool = False,
+    ) -> None:
+        check_k(k)
+        check_alpha(alpha)
+        check_optimizer(optimizer)
+        self.k = k
+        self.alpha = alpha
+        self.syncs = 0
+        """Syncs done so far."""
+        self.holds: Weights = "fast"
+        """Which weights the parameters hold now; the other set is kept here."""
+        self.last_distance: Tensor | None = None
+        """How far theta and phi were apart just before the last sync, over all trained parameters; if measured."""
+        self._measure_distance = measure_distance
+        self._optimizer = optimizer
+        self._sync_in_step = sync_in_step
+        self._model_weights = model_weights
+        self._steps = 0
+        self._steps_at_sync = 0
+        self._skipped: Tensor | None = None  # steps skipped inside fused kernels, summed on the device, not read yet
+        self._in_step = False
+        self._started = False  # until the first step phi follows the parameters
+        self._restored: Carried | None = None  # loaded with the optimizer's state, not yet put in place
+        self._kept: dict[Tensor, Tensor] = {}  # trained parameter -> its value in the set that is not held
+        self._idle: list[Tensor] = []  # parameters of the optimizer that need no gradient
+        self._listed = 0
+        self._track()
+        if not self._kept:
+            message = "optimizer trains no parameter: none of its parameters has requires_grad=True."
+            raise ValueError(message)
+        self._step_hooks: list[Any] = []
+        self._state_hooks: list[Any] = []
+        self._hook()
+
+    def __repr__(self) -> str:
+        return f"SlowWeights({type(self._optimizer).__name__}, k={self.k}, alpha={self.alpha}, syncs={self.syncs})"
+
+    # -- counting
+
+    @property
+    def steps(self) -> int:
+        """Inner steps taken so far. May read one number from the device if a fused optimizer and a scaler are used."""
+        if self._skipped is not None:
+            self._steps -= int(self._skipped.item())
+            self._skipped = None
+        return self._steps
+
+    @property
+    def due(self) -> bool:
+        """Whether ``k`` inner steps were taken since the last sync; reads the device only if it may be."""
+        return self._steps - self._steps_at_sync >= self.k and self.steps - self._steps_at_sync >= self.k
+
+    def _before_step(self, *_: object) -> None:
+        if self.holds == "slow":
+            message = (
+                "optimizer.step() was called while the parameters hold the slow weights: step after the"
+                " `with ...use('slow')` block (or the validation) is left."
+            )
+            raise RuntimeError(message)
+        self._settle()
+        self._track_changes()
+        self._started = True
+        self._in_step = True
+
+    def _after_step(self, optimizer: Optimizer, *_: object) -> None:
+        # A subclass that calls super().step() fires the hooks of both: the pair counts once.
+        if not self._in_step:
+            return
+        self._in_step = False
+        if all(parameter.grad is None for parameter in self._kept):
+            return  # nothing to step with: Lightning steps all the same when training_step returned None
+        self._steps += 1
+        # A fused optimizer skips inside its kernel. The flag stays on the device: reading it here would wait for it.
+        found_inf: Tensor | None = getattr(optimizer, "found_inf", None)
+        if found_inf is not None:
+            skipped = (found_inf > 0).to(found_inf.dtype)
+            self._skipped = skipped if self._skipped is None else self._skipped + skipped
+        if self._sync_in_step and self.due:
+            self.sync()
+
+    # -- the outer step
+
+    def sync(self) -> None:
+        """Do the outer step now: ``phi <- phi + alpha * (theta - phi)``, then ``theta <- phi``; starts a new cycle.
+
+        A parameter that was frozen since keeps its value, and phi takes it.
+        """
+        if self.holds == "slow":
+            message = "sync() was called while the parameters hold the slow weights: leave use('slow') first."
+            raise RuntimeError(message)
+        self._settle()
+        trained = {fast: slow for fast, slow in self._kept.items() if fast.requires_grad}
+        fast, slow = list(trained), list(trained.values())
+        if self._measure_distance:
+            self.last_distance = distance(fast, slow)
+        interpolate_(slow, fast, self.alpha)
+        copy_(fast, slow)
+        if len(trained) < len(self._kept):
+            frozen = [parameter for parameter in self._kept if not parameter.requires_grad]
+            copy_([self._kept[parameter] for parameter in frozen], frozen)
+        self._steps_at_sync = self.steps
+        self.syncs += 1
+
+    # -- either set of weights
+
+    def put(self, weights: Weights) -> None:
+        """Let the parameters hold ``weights`` from now on, in place: `data_ptr` and `Parameter` stay."""
+        check_weights(weights)
+        self._settle()
+        # After a fit Lightning moves the module to the CPU; what is kept here follows.
+        self._kept = {parameter: kept.to(parameter.device) for parameter, kept in self._kept.items()}
+        if weights != self.holds:
+            exchange_(list(self._kept), list(self._kept.values()))
+            self.holds = weights
+
+    @contextmanager
+    def use(self, weights: Weights) -> Iterator[None]:
+        """Let the parameters hold ``weights`` inside the ``with`` block, and what they held before after it."""
+        before = self.holds
+        self.put(weights)
+        try:
+            yield
+        finally:
+            self.put(before)
+
+    def values(self, weights: Weights) -> dict[Tensor, Tensor]:
+        """Each trained parameter and its value in ``weights``: live tensors, not copies."""
+        check_weights(weights)
+        self._settle()
+        return {parameter: parameter for parameter in self._kept} if weights == self.holds else dict(self._kept)
+
+    # -- saving
+
+    def state_dict(self) -> dict[str, Any]:
+        """Counters and settings, without tensors: the weights travel with the model and the optimizer."""
+        steps = self.steps
+        return {
+            "k": self.k,
+            "alpha": self.alpha,
+            "steps": steps,
+            "steps_since_sync": steps - self._steps_at_sync,
+            "syncs": self.syncs,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the counters; ``k`` and ``alpha`` stay as they were given to this object, with a warning if they differ.
+
+        Raises:
+            ValueError: If a counter is missing or not a natural number; nothing is changed then.
+        """
+        counters = {name: state_dict.get(name) for name in ("steps", "steps_since_sync", "syncs")}
+        for name, value in counters.items():
+            if not isinstance(value, int) or value < 0:
+                message = f"state_dict[{name!r}] is {value!r}; it must be an integer of at least 0."
+                raise ValueError(message)
+        warn_of_differences(state_dict, {"k": self.k, "alpha": self.alpha})
+        self._skipped = None
+        self._steps = state_dict["steps"]
+        self._steps_at_sync = state_dict["steps"] - state_dict["steps_since_sync"]
+        self.syncs = state_dict["syncs"]
+
+    def _pack(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        in_model = self._model_weights or self.holds
+        saved, others = self.values(in_model), self.values(OTHER[in_model])
+        carried = Carried(OTHER[in_model])
+        for parameter in self._kept:
+            # Adam takes any state for its own, so a parameter that never had any gets ours only where it is needed.
+            if parameter in optimizer.state or not others[parameter].equal(saved[parameter]):
+                carried.values[parameter] = others[parameter]
+                carried.checksums[parameter] = checksum(saved[parameter])
+        carried.values = dict(zip(carried.values, copies(list(carried.values.values())), strict=True))
+        return pack(state_dict, optimizer, carried)
+
+    def _unpack(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        if not fits(state_dict, optimizer):
+            return state_dict
+        self._track_changes()
+        plain, carried = unpack(state_dict, optimizer)
+        # The model may be loaded before or after the optimizer: wait for the first use.
+        self._restored = carried
+        self._started = False
+        self.holds = "fast"
+        return plain
+
+    # -- which parameters
+
+    def _settle(self) -> None:
+        """Make both sets what they have to be before anything looks at them or moves them."""
+        if self._started or self.holds == "slow":
+            return
+        restored, self._restored = self._restored, None
+        copy_(list(self._kept.values()), list(self._kept))
+        if restored is None:
+            return
+        self._started = True
+        together = [parameter for parameter in restored.values if restored.belongs_to(parameter)]
+        others = [restored.values[parameter] for parameter in together]
+        copy_(together if restored.weights == "fast" else [self._kept[p] for p in together], others)
+        if len(together) < len(restored.values):
+            warnings.warn(
+                f"{len(restored.values) - len(together)} of {len(restored.values)} parameters do not have the values"
+                f" that the {restored.weights} weights in the checkpoint were saved with (changed while loading?):"
+                " theirs are left out, and fast and slow weights both start from the values loaded.",
+                stacklevel=2,
+            )
+
+    def _track_changes(self) -> None:
+        """Start phi for parameters that were added or unfrozen; costs nothing per trained parameter."""
+        listed = sum(len(group["params"]) for group in self._optimizer.param_groups)
+        if listed != self._listed or any(parameter.requires_grad for parameter in self._idle):
+            self._track()
+
+    def _track(self) -> None:
+        listed = [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
+        known = self._kept
+        new = [p for p in dict.fromkeys(listed) if p.requires_grad and p not in known]
+        begun = dict(zip(new, copies(new), strict=True))
+        self._kept = {
+            p: known[p] if p in known else begun[p] for p in dict.fromkeys(listed) if p in known or p in begun
+        }
+        self._idle = [p for p in listed if p not in self._kept]
+        self._listed = len(listed)
+
+    # -- hooks
+
+    def stop(self) -> None:
+        """Stop counting and syncing: training is over. Both sets of weights stay, also in checkpoints."""
+        _remove(self._step_hooks)
+
+    def close(self) -> None:
+        """Let go of the optimizer altogether; its ``state_dict`` no longer carries a second set."""
+        self.stop()
+        _remove(self._state_hooks)
+
+    def _hook(self) -> None:
+        optimizer = self._optimizer
+        self._step_hooks = [
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
+        ]
+        self._state_hooks = [
+            optimizer.register_state_dict_post_hook(self._pack),
+            optimizer.register_load_state_dict_pre_hook(self._unpack),
+        ]
+
+    def __getstate__(self) -> dict[str, Any]:
+        # An optimizer leaves its hooks behind when it is copied or pickled, and so does this object.
+        return {**self.__dict__, "_step_hooks": len(self._step_hooks), "_state_hooks": len(self._state_hooks)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        counting, saving = state["_step_hooks"], state["_state_hooks"]
+        self.__dict__.update(state)
+        self._hook()
+        if not counting:
+            _remove(self._step_hooks)
+        if not saving:
+            _remove(self._state_hooks)
+
+
+def _remove(hooks: list[Any]) -> None:
+    for hook in hooks:
+        hook.remove()
+    hooks.clear()
+
+
+def warn_of_differences(saved: dict[str, Any], own: dict[str, Any]) -> None:
+    """Warn once if a run goes on with other settings than it was saved with; settings that are not saved are passed."""
+    changed = [
+        f"{name} was {saved[name]!r} and is {value!r}" for name, value in own.items() if saved.get(name, value) != value
+    ]
+    if changed:
+        message = f"The checkpoint was made with other settings: {'; '.join(changed)}. This run's own are used."
+        warnings.warn(message, stacklevel=3)
+
+
+def check_k(k: int) -> None:
+    """Raise unless ``k`` is an integer of at least 1."""
+    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
+        message = f"k={k!r} is out of range: the inner steps between two syncs must be an integer of at least 1."
+        raise ValueError(message)
+
+
+def check_alpha(alpha: float) -> None:
+    """Raise unless ``alpha`` is a finite number in (0, 1]."""
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not (math.isfinite(alpha) and 0 < alpha <= 1):
+        message = f"alpha={alpha!r} is out of range: the slow weights step size must be a number in (0, 1]."
+        raise ValueError(message)
+
+
+def check_optimizer(optimizer: object) -> None:
+    """Raise unless ``optimizer`` is a torch optimizer that is not Lookahead already."""
+    if not isinstance(optimizer, Optimizer):
+        message = f"optimizer is a {type(optimizer).__name__}; it must be a torch.optim.Optimizer."
+        raise TypeError(message)
+    if "lookahead" in type(optimizer).__name__.lower():
+        message = (
+            f"optimizer is a {type(optimizer).__name__}, which is Lookahead itself: it would pull back twice. Give the"
+            " optimizer inside it."
+        )
+        raise ValueError(message)
