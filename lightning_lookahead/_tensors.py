@@ -46,16 +46,28 @@ def interpolate_(slow: list[Tensor], fast: list[Tensor], alpha: float) -> None:
 
 @torch.no_grad()
 def exchange_(left: list[Tensor], right: list[Tensor]) -> None:
-    """Exchange the values of each pair, with one tensor's worth of extra memory at a time."""
-    for a, b in zip(left, right, strict=True):
-        values = a.clone()
-        a.copy_(b)
-        b.copy_(values)
+    """Exchange the values of each pair, with one tensor's worth of extra memory at a time; all of them or none."""
+    done = 0
+    try:
+        for a, b in zip(left, right, strict=True):
+            values = a.clone()
+            a.copy_(b)
+            try:
+                b.copy_(values)
+            except BaseException:
+                a.copy_(values)
+                raise
+            done += 1
+    except BaseException:  # out of memory, say: half-exchanged weights would be neither set
+        exchange_(left[:done], right[:done])
+        raise
 
 
 @torch.no_grad()
 def distance(left: list[Tensor], right: list[Tensor]) -> Tensor:
     """Euclidean distance between two lists seen as two long vectors: a 0-dim tensor on the first one's device."""
+    if not left:
+        return torch.tensor(0.0)
     norms = [torch.linalg.vector_norm(a - b) for a, b in zip(left, right, strict=True)]
     total: Tensor = torch.linalg.vector_norm(torch.stack([norm.to(norms[0]) for norm in norms]))
     return total

@@ -11,15 +11,26 @@ import torch
 from lightning.pytorch import Callback
 from typing_extensions import override
 
-from lightning_lookahead._tensors import copies
-from lightning_lookahead.checkpointing import VERSION, Weights, check_version, check_weights, replace_aliases
-from lightning_lookahead.slow_weights import (
-    SlowWeights,
+from lightning_lookahead._checks import (
+    VERSION,
     check_alpha,
     check_k,
     check_optimizer,
+    check_version,
+    check_weights,
     warn_of_differences,
 )
+from lightning_lookahead._trainer_checks import (
+    AVERAGERS,
+    TUNERS,
+    callbacks_of,
+    check_disjoint,
+    check_trainer,
+    is_a,
+    parameters_of,
+)
+from lightning_lookahead.checkpointing import Weights, copy_aliases, replace_aliases
+from lightning_lookahead.slow_weights import SlowWeights
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -32,19 +43,6 @@ if TYPE_CHECKING:
 
 else:
     from pytorch_lightning import Callback as TwinCallback
-
-# Callbacks that leave an average of their own in the module when training ends. Told by name, here and below, because
-# `lightning.pytorch` and `pytorch_lightning` have each their own class.
-_AVERAGERS = {"StochasticWeightAveraging", "WeightAveraging"}
-_TUNERS = {"BatchSizeFinder", "LearningRateFinder"}
-_UNSUPPORTED_STRATEGIES = {
-    "DeepSpeedStrategy": "the engine keeps the weights out of the optimizer's reach",
-    "FSDPStrategy": "sharded weights are not supported yet",
-    "ModelParallelStrategy": "sharded weights are not supported yet",
-    "XLAStrategy": "weights on XLA devices are not supported yet",
-    "XLAFSDPStrategy": "weights on XLA devices are not supported yet",
-    "SingleDeviceXLAStrategy": "weights on XLA devices are not supported yet",
-}
 
 
 class LookaheadCallback(Callback, TwinCallback):  # each package's Trainer takes only its own Callback
@@ -113,25 +111,25 @@ class LookaheadCallback(Callback, TwinCallback):  # each package's Trainer takes
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        _check_trainer(trainer)
+        check_trainer(trainer)
         for slow in self.slow_weights:
             slow.close()
         self.slow_weights, self._restored = [], []
         # First, so that every other callback finds the weights that validation and the end of training are about:
         # pruning masks them, averaging replaces them. Only the tuners stay ahead, as Lightning sorts them.
-        others = [callback for callback in _callbacks(trainer) if callback is not self]
-        ahead = sum(_is_a(callback, _TUNERS) for callback in others)
+        others = [callback for callback in callbacks_of(trainer) if callback is not self]
+        ahead = sum(is_a(callback, TUNERS) for callback in others)
         trainer.callbacks = [*others[:ahead], self, *others[ahead:]]  # type: ignore[attr-defined]
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        optimizers = [optimizer for optimizer in trainer.optimizers if not _is_a(optimizer, {"_MockOptimizer"})]
+        optimizers = [optimizer for optimizer in trainer.optimizers if not is_a(optimizer, ["_MockOptimizer"])]
         if not optimizers:
             warnings.warn("configure_optimizers gave no optimizer: there is nothing to look ahead with.", stacklevel=2)
             return
         for optimizer in optimizers:
             check_optimizer(optimizer)
-        _check_disjoint(optimizers, pl_module)
+        check_disjoint(optimizers, pl_module)
         if self._restored and len(self._restored) != len(optimizers):
             message = (
                 f"The checkpoint was made with {len(self._restored)} optimizers, and configure_optimizers gives"
@@ -160,6 +158,7 @@ class LookaheadCallback(Callback, TwinCallback):  # each package's Trainer takes
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for slow in self.slow_weights:
+            slow.put("fast")
             if slow.due:  # the checkpoint was saved after the k-th step and before its on_train_batch_end
                 slow.sync()
         self._logged = [slow.syncs for slow in self.slow_weights]
@@ -201,7 +200,7 @@ class LookaheadCallback(Callback, TwinCallback):  # each package's Trainer takes
 
     def _finish(self, trainer: Trainer) -> None:
         for slow in self.slow_weights:
-            if not any(_is_a(callback, _AVERAGERS) for callback in _callbacks(trainer)):
+            if not any(is_a(callback, AVERAGERS) for callback in callbacks_of(trainer)):
                 slow.put(self.eval_weights)
             slow.stop()
 
@@ -252,9 +251,7 @@ class LookaheadCallback(Callback, TwinCallback):  # each package's Trainer takes
             # Some are left out or computed from the parameters: then phi has to be there while that is done.
             with self.use_weights("slow"):
                 state_dict = original()
-                mine = {fast.data_ptr() for fast in replacements}
-                own = {name: value for name, value in state_dict.items() if getattr(value, "data_ptr", int)() in mine}
-                state_dict.update(zip(own, copies(list(own.values())), strict=True))
+                copy_aliases(state_dict, replacements)
         return state_dict
 
     @override
@@ -281,8 +278,7 @@ class LookaheadCallback(Callback, TwinCallback):  # each package's Trainer takes
         for name, parameter in pl_module.named_parameters(remove_duplicate=False):
             names.setdefault(parameter, []).append(name)
         checkpoint["callbacks"][self.state_key]["names"] = [
-            [names.get(parameter, []) for group in optimizer.param_groups for parameter in group["params"]]
-            for optimizer in trainer.optimizers
+            [names.get(parameter, []) for parameter in parameters_of(optimizer)] for optimizer in trainer.optimizers
         ]
 
     @override
@@ -307,38 +303,3 @@ class LookaheadCallback(Callback, TwinCallback):  # each package's Trainer takes
             for slow, counters in zip(self.slow_weights, self._restored, strict=False):
                 slow.load_state_dict(counters)
             self._restored = []
-
-
-def _callbacks(trainer: Trainer) -> list[Callback]:
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a part of the Trainer
-    return callbacks
-
-
-def _is_a(instance: object, names: set[str]) -> bool:
-    return any(base.__name__ in names for base in type(instance).__mro__)
-
-
-def _check_trainer(trainer: Trainer) -> None:
-    if sum(isinstance(callback, LookaheadCallback) for callback in _callbacks(trainer)) > 1:
-        message = "The Trainer has a second LookaheadCallback, which would pull back twice: keep one of them."
-        raise ValueError(message)
-    for name, reason in _UNSUPPORTED_STRATEGIES.items():
-        if _is_a(trainer.strategy, {name}):
-            message = (
-                f"LookaheadCallback cannot be used with strategy={type(trainer.strategy).__name__}: {reason}. Use one"
-                " device or strategy='ddp'."
-            )
-            raise ValueError(message)
-
-
-def _check_disjoint(optimizers: list[Any], pl_module: LightningModule) -> None:
-    names = {parameter: name for name, parameter in pl_module.named_parameters()}
-    seen: dict[Any, int] = {}
-    for index, optimizer in enumerate(optimizers):
-        for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
-            if seen.setdefault(parameter, index) != index:
-                message = (
-                    f"Parameter {names.get(parameter, 'outside the module')!r} is in optimizers {seen[parameter]} and"
-                    f" {index}: each would pull it back to slow weights of its own. Give it to one of them."
-                )
-                raise ValueError(message)

@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from lightning_lookahead._tensors import checksum
+from lightning_lookahead._checks import check_version, check_weights
+from lightning_lookahead._tensors import checksum, copies
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Hashable, Iterator, Mapping
+    from collections.abc import Hashable, Iterable, Iterator, Mapping
 
     from torch import Tensor
     from torch.optim import Optimizer
@@ -27,18 +28,8 @@ Weights = Literal["slow", "fast"]
 """Which set of weights: ``"slow"`` is phi, ``"fast"`` is theta."""
 
 OTHER: dict[Weights, Weights] = {"slow": "fast", "fast": "slow"}
-VERSION = 1
-"""Version of what is saved here and in the callback's state, raised when an older reader would get it wrong."""
-
-_CARRIED = {"lookahead_slow": "slow", "lookahead_fast": "fast"}
+_CARRIED: dict[str, Weights] = {"lookahead_slow": "slow", "lookahead_fast": "fast"}
 _CHECKSUM = "lookahead_checksum"
-
-
-def check_weights(weights: str, argument: str = "weights") -> None:
-    """Raise a ``ValueError`` unless ``weights`` is ``"slow"`` or ``"fast"``."""
-    if weights not in OTHER:
-        message = f"{argument}={weights!r} is unknown: give 'slow' (phi) or 'fast' (theta)."
-        raise ValueError(message)
 
 
 @dataclass
@@ -54,6 +45,23 @@ class Carried:
     weights: Weights
     values: dict[Tensor, Tensor] = field(default_factory=dict)
     checksums: dict[Tensor, int] = field(default_factory=dict)
+
+    def take(self, parameter: Tensor, own: dict[str, Any]) -> dict[str, Any]:
+        """Take what one parameter's state carries, and return the rest of that state."""
+        for name, weights in _CARRIED.items():
+            if name not in own:
+                continue
+            if own[name].shape != parameter.shape:
+                message = (
+                    f"The checkpoint has {weights} weights of shape {tuple(own[name].shape)} for a parameter of shape"
+                    f" {tuple(parameter.shape)}: it is of another model. Load it into the model that it was saved"
+                    " from, or start a new run from its weights alone."
+                )
+                raise ValueError(message)
+            self.weights = weights
+            self.values[parameter] = own[name]
+            self.checksums[parameter] = own[_CHECKSUM]
+        return {name: value for name, value in own.items() if name not in _CARRIED and name != _CHECKSUM}
 
     def belongs_to(self, parameter: Tensor) -> bool:
         """Whether ``parameter`` has the value beside which its other value was saved."""
@@ -88,33 +96,29 @@ def unpack(state_dict: dict[str, Any], optimizer: Optimizer) -> tuple[dict[str, 
     Raises:
         ValueError: If a carried tensor has another shape than its parameter.
     """
-    entries: dict[Hashable, dict[str, Any]] = {}
-    state = {}
-    for key, own in state_dict["state"].items():
-        taken = {name: own[name] for name in (*_CARRIED, _CHECKSUM) if name in own}
-        rest = {name: value for name, value in own.items() if name not in taken}
-        if taken:
-            entries[key] = taken
-        if rest or not taken:  # SGD without momentum has no state: then none is left, as it was before packing
-            state[key] = rest
-    plain = {**state_dict, "state": state}
-    carried: Carried | None = None
-    for parameter, key in _keys(plain, optimizer):
-        for name, weights in _CARRIED.items():
-            if name not in entries.get(key, {}):
-                continue
-            value = entries[key][name]
-            if value.shape != parameter.shape:
-                message = (
-                    f"The {weights} weights of parameter {key!r} have shape {tuple(value.shape)} in the checkpoint, but"
-                    f" the parameter has {tuple(parameter.shape)}: the checkpoint is of another model. Load it into"
-                    " the model that it was saved from, or start a new run from its weights alone."
-                )
-                raise ValueError(message)
-            carried = carried or Carried(weights)  # type: ignore[arg-type]
-            carried.values[parameter] = value
-            carried.checksums[parameter] = entries[key].get(_CHECKSUM, -1)
-    return plain, carried
+    state, carried = dict(state_dict["state"]), Carried("slow")
+    for parameter, key in _keys(state_dict, optimizer):
+        if key in state:
+            own = state.pop(key)
+            rest = carried.take(parameter, own)
+            if rest or not own:  # SGD without momentum has no state: then none is left, as it was before packing
+                state[key] = rest
+    return {**state_dict, "state": state}, carried if carried.values else None
+
+
+def adopt(optimizer: Optimizer) -> Carried | None:
+    """Take out of an optimizer's live state what it carried when it was loaded without `unpack`.
+
+    That is so where it was loaded before there were slow weights, or where its class loads in a way of its own.
+    """
+    carried = Carried("slow")
+    for parameter, own in list(optimizer.state.items()):
+        rest = carried.take(parameter, own)
+        if rest:
+            optimizer.state[parameter] = rest
+        elif own:
+            del optimizer.state[parameter]
+    return carried if carried.values else None
 
 
 def _keys(state_dict: dict[str, Any], optimizer: Optimizer) -> Iterator[tuple[Tensor, Hashable]]:
@@ -137,6 +141,13 @@ def replace_aliases(state_dict: dict[str, Any], replacements: Mapping[Tensor, Te
             state_dict[name] = replacements[parameter].detach()
             missing.discard(parameter.data_ptr())
     return not missing
+
+
+def copy_aliases(state_dict: dict[str, Any], parameters: Iterable[Tensor]) -> None:
+    """Replace by a copy whatever in a module's ``state_dict`` is one of these parameters, seen through its storage."""
+    pointers = {parameter.data_ptr() for parameter in parameters}
+    shared = [n for n, value in state_dict.items() if isinstance(value, torch.Tensor) and value.data_ptr() in pointers]
+    state_dict.update(zip(shared, copies([state_dict[name] for name in shared]), strict=True))
 
 
 def load_weights(
@@ -206,13 +217,3 @@ def _callback_state(checkpoint: dict[str, Any], path: str | os.PathLike[str]) ->
         " has, or save whole checkpoints."
     )
     raise ValueError(message)
-
-
-def check_version(version: object, path: object = "The checkpoint") -> None:
-    """Raise a ``ValueError`` unless this version of the package can read what was saved."""
-    if version != VERSION:
-        message = (
-            f"{path} has Lookahead state of version {version!r}; this package reads version {VERSION}. Update"
-            " lightning-lookahead (or take the version that saved it)."
-        )
-        raise ValueError(message)

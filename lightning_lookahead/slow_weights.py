@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from torch.optim import Optimizer
-
+from lightning_lookahead._checks import (
+    check_alpha,
+    check_counters,
+    check_k,
+    check_optimizer,
+    check_weights,
+    warn_of_differences,
+)
+from lightning_lookahead._inner_steps import InnerSteps
 from lightning_lookahead._tensors import checksum, copies, copy_, distance, exchange_, interpolate_
-from lightning_lookahead.checkpointing import OTHER, Carried, Weights, check_weights, fits, pack, unpack
+from lightning_lookahead.checkpointing import OTHER, Carried, Weights, adopt, fits, pack, unpack
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from torch import Tensor
+    from torch.optim import Optimizer
 
 
 class SlowWeights:
@@ -90,10 +97,7 @@ class SlowWeights:
         self._optimizer = optimizer
         self._sync_in_step = sync_in_step
         self._model_weights = model_weights
-        self._steps = 0
-        self._steps_at_sync = 0
-        self._skipped: Tensor | None = None  # steps skipped inside fused kernels, summed on the device, not read yet
-        self._in_step = False
+        self._inner_steps = InnerSteps()
         self._started = False  # until the first step phi follows the parameters
         self._restored: Carried | None = None  # loaded with the optimizer's state, not yet put in place
         self._kept: dict[Tensor, Tensor] = {}  # trained parameter -> its value in the set that is not held
@@ -115,15 +119,12 @@ class SlowWeights:
     @property
     def steps(self) -> int:
         """Inner steps taken so far. May read one number from the device if a fused optimizer and a scaler are used."""
-        if self._skipped is not None:
-            self._steps -= int(self._skipped.item())
-            self._skipped = None
-        return self._steps
+        return self._inner_steps.total
 
     @property
     def due(self) -> bool:
         """Whether ``k`` inner steps were taken since the last sync; reads the device only if it may be."""
-        return self._steps - self._steps_at_sync >= self.k and self.steps - self._steps_at_sync >= self.k
+        return self._inner_steps.reached(self.k)
 
     def _before_step(self, *_: object) -> None:
         if self.holds == "slow":
@@ -135,21 +136,10 @@ class SlowWeights:
         self._settle()
         self._track_changes()
         self._started = True
-        self._in_step = True
+        self._inner_steps.begin()
 
     def _after_step(self, optimizer: Optimizer, *_: object) -> None:
-        # A subclass that calls super().step() fires the hooks of both: the pair counts once.
-        if not self._in_step:
-            return
-        self._in_step = False
-        if all(parameter.grad is None for parameter in self._kept):
-            return  # nothing to step with: Lightning steps all the same when training_step returned None
-        self._steps += 1
-        # A fused optimizer skips inside its kernel. The flag stays on the device: reading it here would wait for it.
-        found_inf: Tensor | None = getattr(optimizer, "found_inf", None)
-        if found_inf is not None:
-            skipped = (found_inf > 0).to(found_inf.dtype)
-            self._skipped = skipped if self._skipped is None else self._skipped + skipped
+        self._inner_steps.end(optimizer, self._kept)
         if self._sync_in_step and self.due:
             self.sync()
 
@@ -173,7 +163,7 @@ class SlowWeights:
         if len(trained) < len(self._kept):
             frozen = [parameter for parameter in self._kept if not parameter.requires_grad]
             copy_([self._kept[parameter] for parameter in frozen], frozen)
-        self._steps_at_sync = self.steps
+        self._inner_steps.restart_cycle()
         self.syncs += 1
 
     # -- either set of weights
@@ -208,12 +198,11 @@ class SlowWeights:
 
     def state_dict(self) -> dict[str, Any]:
         """Counters and settings, without tensors: the weights travel with the model and the optimizer."""
-        steps = self.steps
         return {
             "k": self.k,
             "alpha": self.alpha,
-            "steps": steps,
-            "steps_since_sync": steps - self._steps_at_sync,
+            "steps": self._inner_steps.total,
+            "steps_since_sync": self._inner_steps.since_sync,
             "syncs": self.syncs,
         }
 
@@ -223,15 +212,9 @@ class SlowWeights:
         Raises:
             ValueError: If a counter is missing or not a natural number; nothing is changed then.
         """
-        counters = {name: state_dict.get(name) for name in ("steps", "steps_since_sync", "syncs")}
-        for name, value in counters.items():
-            if not isinstance(value, int) or value < 0:
-                message = f"state_dict[{name!r}] is {value!r}; it must be an integer of at least 0."
-                raise ValueError(message)
+        check_counters(state_dict)
         warn_of_differences(state_dict, {"k": self.k, "alpha": self.alpha})
-        self._skipped = None
-        self._steps = state_dict["steps"]
-        self._steps_at_sync = state_dict["steps"] - state_dict["steps_since_sync"]
+        self._inner_steps.restore(state_dict["steps"], state_dict["steps_since_sync"])
         self.syncs = state_dict["syncs"]
 
     def _pack(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -263,7 +246,7 @@ class SlowWeights:
         """Make both sets what they have to be before anything looks at them or moves them."""
         if self._started or self.holds == "slow":
             return
-        restored, self._restored = self._restored, None
+        restored, self._restored = self._restored or adopt(self._optimizer), None
         copy_(list(self._kept.values()), list(self._kept))
         if restored is None:
             return
@@ -336,40 +319,3 @@ def _remove(hooks: list[Any]) -> None:
     for hook in hooks:
         hook.remove()
     hooks.clear()
-
-
-def warn_of_differences(saved: dict[str, Any], own: dict[str, Any]) -> None:
-    """Warn once if a run goes on with other settings than it was saved with; settings that are not saved are passed."""
-    changed = [
-        f"{name} was {saved[name]!r} and is {value!r}" for name, value in own.items() if saved.get(name, value) != value
-    ]
-    if changed:
-        message = f"The checkpoint was made with other settings: {'; '.join(changed)}. This run's own are used."
-        warnings.warn(message, stacklevel=3)
-
-
-def check_k(k: int) -> None:
-    """Raise unless ``k`` is an integer of at least 1."""
-    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
-        message = f"k={k!r} is out of range: the inner steps between two syncs must be an integer of at least 1."
-        raise ValueError(message)
-
-
-def check_alpha(alpha: float) -> None:
-    """Raise unless ``alpha`` is a finite number in (0, 1]."""
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not (math.isfinite(alpha) and 0 < alpha <= 1):
-        message = f"alpha={alpha!r} is out of range: the slow weights step size must be a number in (0, 1]."
-        raise ValueError(message)
-
-
-def check_optimizer(optimizer: object) -> None:
-    """Raise unless ``optimizer`` is a torch optimizer that is not Lookahead already."""
-    if not isinstance(optimizer, Optimizer):
-        message = f"optimizer is a {type(optimizer).__name__}; it must be a torch.optim.Optimizer."
-        raise TypeError(message)
-    if "lookahead" in type(optimizer).__name__.lower():
-        message = (
-            f"optimizer is a {type(optimizer).__name__}, which is Lookahead itself: it would pull back twice. Give the"
-            " optimizer inside it."
-        )
-        raise ValueError(message)

@@ -1,0 +1,78 @@
+"""What may be given to this package: every check of an argument, and what it says."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any
+
+from torch.optim import Optimizer
+
+VERSION = 1
+"""Version of what a checkpoint holds of ours, raised when an older reader would get it wrong."""
+
+
+def check_k(k: int) -> None:
+    """Raise unless ``k`` is an integer of at least 1."""
+    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
+        message = f"k={k!r} is out of range: the inner steps between two syncs must be an integer of at least 1."
+        raise ValueError(message)
+
+
+def check_alpha(alpha: float) -> None:
+    """Raise unless ``alpha`` is a finite number in (0, 1]."""
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not (math.isfinite(alpha) and 0 < alpha <= 1):
+        message = f"alpha={alpha!r} is out of range: the slow weights step size must be a number in (0, 1]."
+        raise ValueError(message)
+
+
+def check_weights(weights: str, argument: str = "weights") -> None:
+    """Raise unless ``weights`` is ``"slow"`` or ``"fast"``."""
+    if weights not in {"slow", "fast"}:
+        message = f"{argument}={weights!r} is unknown: give 'slow' (phi) or 'fast' (theta)."
+        raise ValueError(message)
+
+
+def check_optimizer(optimizer: object) -> None:
+    """Raise unless ``optimizer`` is a torch optimizer that is not Lookahead already."""
+    if not isinstance(optimizer, Optimizer):
+        message = f"optimizer is a {type(optimizer).__name__}; it must be a torch.optim.Optimizer."
+        raise TypeError(message)
+    if type(optimizer).__name__ == "ZeroRedundancyOptimizer":
+        message = "optimizer is a ZeroRedundancyOptimizer, whose state_dict cannot carry a second set of weights."
+        raise ValueError(message)
+    if "lookahead" in type(optimizer).__name__.lower():
+        message = (
+            f"optimizer is a {type(optimizer).__name__}, which is Lookahead itself: it would pull back twice. Give the"
+            " optimizer inside it."
+        )
+        raise ValueError(message)
+
+
+def check_version(version: object, where: object = "The checkpoint") -> None:
+    """Raise unless this version of the package can read what was saved."""
+    if version != VERSION:
+        message = (
+            f"{where} has Lookahead state of version {version!r}; this package reads version {VERSION}. Take the"
+            " version of lightning-lookahead that saved it, or a newer one."
+        )
+        raise ValueError(message)
+
+
+def check_counters(counters: dict[str, Any]) -> None:
+    """Raise unless the saved counters of inner steps and syncs are natural numbers."""
+    for name in ("steps", "steps_since_sync", "syncs"):
+        value = counters.get(name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            message = f"state_dict[{name!r}] is {value!r}; it must be an integer of at least 0."
+            raise ValueError(message)
+
+
+def warn_of_differences(saved: dict[str, Any], own: dict[str, Any]) -> None:
+    """Warn once if a run goes on with other settings than were saved; settings that were not saved are passed over."""
+    changed = [
+        f"{name} was {saved[name]!r} and is {value!r}" for name, value in own.items() if saved.get(name, value) != value
+    ]
+    if changed:
+        message = f"The Lookahead checkpoint has other settings: {'; '.join(changed)}. This run's own are used."
+        warnings.warn(message, stacklevel=3)

@@ -1,0 +1,69 @@
+"""Counting inner steps: the calls of ``optimizer.step()`` that moved weights."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from torch import Tensor
+    from torch.optim import Optimizer
+
+
+class InnerSteps:
+    """Counts the real steps of one optimizer, in all and since the last sync.
+
+    A step does not count if no parameter had a gradient (Lightning calls ``step()`` all the same when
+    ``training_step`` returned None) or if a gradient scaler skipped it.
+    """
+
+    def __init__(self) -> None:
+        self._total = 0
+        self._at_sync = 0
+        self._skipped: Tensor | None = None  # skipped inside fused kernels: summed on the device, not read yet
+        self._open = False
+
+    def begin(self) -> None:
+        """Note that ``optimizer.step()`` begins."""
+        self._open = True
+
+    def end(self, optimizer: Optimizer, parameters: Iterable[Tensor]) -> None:
+        """Note that ``optimizer.step()`` ends, and count it if it moved weights."""
+        # A subclass that calls super().step() fires the hooks of both classes: begin, begin, end, end is one step.
+        was_open, self._open = self._open, False
+        if not was_open or all(parameter.grad is None for parameter in parameters):
+            return
+        self._total += 1
+        # A fused optimizer skips inside its kernel. The flag stays on the device: to read it here would be to wait.
+        found_inf: Tensor | None = getattr(optimizer, "found_inf", None)
+        if found_inf is not None:
+            skipped = (found_inf > 0).to(found_inf.dtype)
+            self._skipped = skipped if self._skipped is None else self._skipped + skipped
+
+    @property
+    def total(self) -> int:
+        """Inner steps so far. Reads one number from the device if a fused optimizer and a scaler are used."""
+        if self._skipped is not None:
+            self._total -= int(self._skipped.item())
+            self._skipped = None
+        return self._total
+
+    @property
+    def since_sync(self) -> int:
+        """Inner steps since the last sync; reads as `total` does."""
+        return self.total - self._at_sync
+
+    def reached(self, k: int) -> bool:
+        """Whether ``k`` inner steps were taken since the last sync; reads the device only if it may be so."""
+        return self._total - self._at_sync >= k and self.since_sync >= k
+
+    def restart_cycle(self) -> None:
+        """Count from zero to the next sync."""
+        self._at_sync = self.total
+
+    def restore(self, total: int, since_sync: int) -> None:
+        """Go on from saved counts."""
+        self._skipped = None
+        self._total = total
+        self._at_sync = total - since_sync

@@ -1,0 +1,74 @@
+"""What of a Trainer `LookaheadCallback` works with, and what it says otherwise.
+
+Lightning's classes are told by name: ``lightning.pytorch`` and ``pytorch_lightning`` have each their own.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from lightning.pytorch import Callback, LightningModule, Trainer
+    from torch import Tensor
+    from torch.optim import Optimizer
+
+TUNERS = {"BatchSizeFinder", "LearningRateFinder"}
+AVERAGERS = {"StochasticWeightAveraging", "WeightAveraging"}
+"""Callbacks that leave an average of their own in the module when training ends."""
+
+_UNSUPPORTED_STRATEGIES = {
+    "DeepSpeedStrategy": "the engine keeps its weights out of the optimizer's reach",
+    "FSDPStrategy": "sharded weights are not supported yet",
+    "ModelParallelStrategy": "sharded weights are not supported yet",
+    "XLAStrategy": "XLA devices are not supported yet",
+    "XLAFSDPStrategy": "XLA devices are not supported yet",
+    "DDPXLAStrategy": "XLA devices are not supported yet",
+    "SingleDeviceXLAStrategy": "XLA devices are not supported yet",
+}
+
+
+def is_a(instance: object, names: Iterable[str]) -> bool:
+    """Whether the class of ``instance`` or one of its bases has one of these names."""
+    return not {base.__name__ for base in type(instance).__mro__}.isdisjoint(names)
+
+
+def callbacks_of(trainer: Trainer) -> list[Callback]:
+    """The Trainer's callbacks, in the order in which they are called."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a part of the Trainer
+    return callbacks
+
+
+def check_trainer(trainer: Trainer) -> None:
+    """Raise if the Trainer has a strategy that is not supported or more than one LookaheadCallback."""
+    if sum(is_a(callback, ["LookaheadCallback"]) for callback in callbacks_of(trainer)) > 1:
+        message = "callbacks has a second LookaheadCallback, which would pull back twice: keep one of them."
+        raise ValueError(message)
+    for name, reason in _UNSUPPORTED_STRATEGIES.items():
+        if is_a(trainer.strategy, [name]):
+            message = (
+                f"LookaheadCallback does not work with strategy={type(trainer.strategy).__name__}: {reason}. Use one"
+                " device or strategy='ddp'."
+            )
+            raise ValueError(message)
+
+
+def check_disjoint(optimizers: list[Optimizer], pl_module: LightningModule) -> None:
+    """Raise if a parameter is in two optimizers."""
+    names = {parameter: name for name, parameter in pl_module.named_parameters()}
+    seen: dict[Tensor, int] = {}
+    for index, optimizer in enumerate(optimizers):
+        for parameter in parameters_of(optimizer):
+            if seen.setdefault(parameter, index) != index:
+                name = names.get(parameter, "(of another module)")  # type: ignore[call-overload]
+                message = (
+                    f"Parameter {name!r} is in optimizers {seen[parameter]} and {index}: each would pull it back to"
+                    " slow weights of its own. Give it to one of them."
+                )
+                raise ValueError(message)
+
+
+def parameters_of(optimizer: Any) -> list[Tensor]:
+    """All parameters of an optimizer in the order of its groups."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]

@@ -1,0 +1,91 @@
+from fractions import Fraction
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lightning_lookahead import _tensors
+
+floats = st.floats(-1e6, 1e6, allow_nan=False)
+alphas = st.floats(1e-3, 1.0)
+
+
+@given(floats, floats, alphas)
+def test_interpolation_is_the_formula_of_the_paper_to_rounding(slow, fast, alpha):
+    result = torch.tensor([slow], dtype=torch.float64)
+    _tensors.interpolate_([result], [torch.tensor([fast], dtype=torch.float64)], alpha)
+    exact = Fraction(slow) + Fraction(alpha) * (Fraction(fast) - Fraction(slow))
+    scale = max(abs(Fraction(slow)), abs(Fraction(fast)))
+    assert abs(Fraction(result.item()) - exact) <= 4 * Fraction(2) ** -53 * scale
+
+
+@given(st.lists(floats, min_size=1), st.lists(floats, min_size=1))
+def test_alpha_one_gives_the_fast_weights_exactly(slow, fast):
+    size = min(len(slow), len(fast))
+    slow, fast = torch.tensor(slow[:size]), torch.tensor(fast[:size])
+    _tensors.interpolate_([slow], [fast], 1.0)
+    assert torch.equal(slow, fast)
+
+
+def test_an_empty_list_is_no_error():
+    _tensors.interpolate_([], [], 0.5)
+    _tensors.copy_([], [])
+    assert _tensors.distance([], []) == 0
+
+
+def test_exchange_moves_values_and_nothing_else():
+    left, right = [torch.tensor([1.0]), torch.tensor(2.0)], [torch.tensor([3.0]), torch.tensor(4.0)]
+    pointers = [tensor.data_ptr() for tensor in left + right]
+    _tensors.exchange_(left, right)
+    assert [tensor.item() for tensor in left + right] == [3, 4, 1, 2]
+    assert [tensor.data_ptr() for tensor in left + right] == pointers
+
+
+@pytest.mark.parametrize("fails_at", range(9))
+def test_an_exchange_that_fails_is_undone(monkeypatch, fails_at):
+    left, right = [torch.full((2,), float(i)) for i in range(3)], [torch.full((2,), 10.0 + i) for i in range(3)]
+    calls = iter(range(100))
+
+    def failing(operation):
+        def call(*args):
+            if next(calls) == fails_at:
+                raise torch.OutOfMemoryError
+            return operation(*args)
+
+        return call
+
+    for name in ("clone", "copy_"):
+        monkeypatch.setattr(torch.Tensor, name, failing(getattr(torch.Tensor, name)))
+    with pytest.raises(torch.OutOfMemoryError):
+        _tensors.exchange_(left, right)
+    assert [tensor[0].item() for tensor in left + right] == [0, 1, 2, 10, 11, 12]
+
+
+def test_copies_can_be_updated_later_although_they_were_made_in_inference_mode():
+    source = torch.ones(2, requires_grad=True)
+    with torch.inference_mode():
+        (copy,) = _tensors.copies([source])
+    _tensors.interpolate_([copy], [torch.zeros(2)], 0.5)
+    assert copy.tolist() == [0.5, 0.5]
+    assert not copy.requires_grad
+
+
+def test_copies_keep_strides():
+    source = torch.zeros(2, 3, 4, 5).to(memory_format=torch.channels_last)
+    assert _tensors.copies([source])[0].stride() == source.stride()
+
+
+def test_distance_is_the_norm_of_all_differences_together():
+    left, right = [torch.zeros(2), torch.zeros(1)], [torch.tensor([2.0, 3.0]), torch.tensor([6.0])]
+    assert _tensors.distance(left, right) == 7
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.complex64, torch.int8])
+def test_checksums_tell_bits_and_their_places_apart(dtype):
+    tensor = torch.arange(6).reshape(2, 3).to(dtype)
+    assert _tensors.checksum(tensor) == _tensors.checksum(tensor.clone())
+    assert _tensors.checksum(tensor.T.contiguous().T) == _tensors.checksum(tensor)
+    assert _tensors.checksum(tensor.flip(0)) != _tensors.checksum(tensor)
+    assert _tensors.checksum(torch.zeros(0, dtype=dtype)) == 0
+    assert _tensors.checksum(torch.ones((), dtype=dtype)) != 0
