@@ -247,6 +247,15 @@ def test_one_copy_of_the_trained_parameters_and_storage_of_its_own():
     assert len(pointers) == 2 * len(theta)
 
 
+def test_the_distance_is_that_of_theta_and_phi_just_before_a_sync():
+    a, b, optimizer = two_weights()
+    slow = SlowWeights(optimizer, k=2, measure_distance=True)
+    push(optimizer, a=(a, -1.0), b=(b, -2.0))
+    assert slow.last_distance is None
+    push(optimizer, a=(a, -2.0), b=(b, -2.0))
+    assert slow.last_distance == 5  # (3, 4) away
+
+
 # -- counting
 
 
