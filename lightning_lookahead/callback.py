@@ -8,7 +8,6 @@ from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from lightning.pytorch import Callback
 from typing_extensions import override
 
 from lightning_lookahead._checks import (
@@ -20,13 +19,15 @@ from lightning_lookahead._checks import (
     check_weights,
     warn_of_differences,
 )
-from lightning_lookahead._trainer_checks import (
+from lightning_lookahead._lightning import (
     AVERAGERS,
     TUNERS,
+    Callback,
     callbacks_of,
     check_disjoint,
     check_trainer,
     is_a,
+    join_packages,
     parameters_of,
 )
 from lightning_lookahead.checkpointing import Weights, copy_aliases, replace_aliases
@@ -38,14 +39,8 @@ if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
     from lightning.pytorch.strategies import Strategy
 
-    class TwinCallback:
-        """The same class twice: for types, one of them is enough."""
 
-else:
-    from pytorch_lightning import Callback as TwinCallback
-
-
-class LookaheadCallback(Callback, TwinCallback):  # each package's Trainer takes only its own Callback
+class LookaheadCallback(Callback):
     """Lookahead around whatever optimizer the module configures: k steps forward, 1 step back.
 
     Each optimizer has its own count of inner steps. Under automatic optimization the weights are synced in
@@ -87,6 +82,7 @@ class LookaheadCallback(Callback, TwinCallback):  # each package's Trainer takes
         log_syncs: bool = True,  # noqa: FBT001, FBT002 (YAML and the command line name every argument)
         log_distance: bool = False,  # noqa: FBT001, FBT002
     ) -> None:
+        join_packages(LookaheadCallback)
         super().__init__()
         check_k(k)
         check_alpha(alpha)

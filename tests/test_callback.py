@@ -1,6 +1,8 @@
 import copy
 import csv
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -91,6 +93,26 @@ def test_it_runs_unchanged_in_a_pytorch_lightning_trainer():
     resumed, again = Twin(), LookaheadCallback(k=3)
     make_trainer(again, trainer=pytorch_lightning.Trainer, max_steps=13).fit(resumed, ckpt_path="twin.ckpt")
     assert equal(both(again, resumed)[0], reference(13)[0])
+
+
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "from lightning_lookahead import LookaheadCallback; import {package} as package",
+        "import {package} as package; from lightning_lookahead import LookaheadCallback",
+    ],
+)
+@pytest.mark.parametrize("package", ["lightning.pytorch", "pytorch_lightning"])
+def test_either_package_keeps_its_messages_and_is_not_joined_by_the_other(package, imports):
+    program = f"""
+{imports.format(package=package)}
+import sys
+from lightning_utilities.core import rank_zero
+package.Trainer(callbacks=[LookaheadCallback()], logger=False, accelerator="cpu")
+assert rank_zero.log.name.startswith({package!r}), rank_zero.log.name
+assert {package!r} == "pytorch_lightning" or "pytorch_lightning" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 # -- counting

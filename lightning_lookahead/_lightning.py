@@ -1,18 +1,37 @@
-"""What of a Trainer `LookaheadCallback` works with, and what it says otherwise.
+"""What of Lightning `LookaheadCallback` works with, and what it says otherwise.
 
-Lightning's classes are told by name: ``lightning.pytorch`` and ``pytorch_lightning`` have each their own.
+Lightning comes as two packages, ``lightning.pytorch`` and ``pytorch_lightning``, with a class of each kind in both.
+Whichever the user has is used and the other is not imported (it would take over the first one's log messages); classes
+are told by name.
 """
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING or "pytorch_lightning" not in sys.modules or "lightning.pytorch" in sys.modules:
+    from lightning.pytorch import Callback
+else:
+    from pytorch_lightning import Callback
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from lightning.pytorch import Callback, LightningModule, Trainer
+    from lightning.pytorch import LightningModule, Trainer
     from torch import Tensor
     from torch.optim import Optimizer
+
+__all__ = [
+    "AVERAGERS",
+    "TUNERS",
+    "Callback",
+    "callbacks_of",
+    "check_disjoint",
+    "check_trainer",
+    "is_a",
+    "join_packages",
+]
 
 TUNERS = {"BatchSizeFinder", "LearningRateFinder"}
 AVERAGERS = {"StochasticWeightAveraging", "WeightAveraging"}
@@ -27,6 +46,14 @@ _UNSUPPORTED_STRATEGIES = {
     "DDPXLAStrategy": "XLA devices are not supported yet",
     "SingleDeviceXLAStrategy": "XLA devices are not supported yet",
 }
+
+
+def join_packages(callback_class: type[Callback]) -> None:
+    """Make a callback class one of both packages where both are there: each one's Trainer takes only its own."""
+    for name in ("lightning.pytorch", "pytorch_lightning"):
+        package = sys.modules.get(name)
+        if package is not None and not issubclass(callback_class, package.Callback):
+            callback_class.__bases__ = (*callback_class.__bases__, package.Callback)
 
 
 def is_a(instance: object, names: Iterable[str]) -> bool:

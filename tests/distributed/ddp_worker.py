@@ -1,0 +1,75 @@
+"""Run by `test_ddp.py` under torchrun with two processes: what a sync and a swap do to the process group."""
+
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch.distributed as dist
+from lightning.pytorch import Callback
+from resume_worker import Ranked
+from runs import both, equal, make_trainer
+from torch.profiler import ProfilerActivity, profile
+
+from lightning_lookahead import LookaheadCallback, SlowWeights
+
+
+def collectives(call):
+    """Names of the collectives that ``call`` issues, from Python or from C++."""
+    with profile(activities=[ProfilerActivity.CPU]) as seen:
+        call()
+    return [event.key for event in seen.key_averages() if "gloo:" in event.key or "c10d::" in event.key]
+
+
+class Counting(Callback):
+    def __init__(self):
+        self.syncs = 0
+
+    def on_fit_start(self, trainer, pl_module):
+        assert collectives(lambda: dist.all_reduce(torch.ones(1))), "the profiler no longer shows collectives"
+        original = SlowWeights.sync
+
+        def sync(slow):
+            found = collectives(lambda: original(slow))
+            assert not found, f"a sync issued {found}"
+            self.syncs += 1
+
+        SlowWeights.sync = sync
+
+
+def agree(tensors):
+    for tensor in tensors:
+        gathered = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+        dist.all_gather(gathered, tensor)
+        assert all(torch.equal(tensor, other) for other in gathered)
+
+
+class Agreeing(Callback):
+    def __init__(self, lookahead):
+        self.lookahead = lookahead
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        for weights in ("slow", "fast"):
+            agree(tensor.detach() for slow in self.lookahead.slow_weights for tensor in slow.values(weights).values())
+
+
+def main():
+    callback, counting, module = LookaheadCallback(k=3, log_distance=True), Counting(), Ranked()
+    trainer = make_trainer(
+        callback, counting, Agreeing(callback), max_steps=8, strategy="ddp", devices=2, limit_val_batches=1
+    )
+    trainer.fit(module)
+    assert counting.syncs == 2
+    theta, phi = both(callback, module)
+    assert equal(module.weights(), phi)
+    assert not equal(theta, phi)
+    if trainer.is_global_zero:
+        torch.save((theta, phi), "ddp.pt")
+    print("ranks agree")  # noqa: T201
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()
