@@ -19,7 +19,7 @@ from lightning_lookahead._tensors import checksum, copies, copy_, distance, exch
 from lightning_lookahead.checkpointing import OTHER, Carried, Weights, adopt, fits, pack, unpack
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Collection, Iterator
 
     from torch import Tensor
     from torch.optim import Optimizer
@@ -247,6 +247,8 @@ class SlowWeights:
         if self._started or self.holds == "slow":
             return
         restored, self._restored = self._restored or adopt(self._optimizer), None
+        if restored is not None:
+            self._track(restored.values)  # also what is frozen now: it was trained when it was saved
         copy_(list(self._kept.values()), list(self._kept))
         if restored is None:
             return
@@ -255,12 +257,12 @@ class SlowWeights:
         others = [restored.values[parameter] for parameter in together]
         copy_(together if restored.weights == "fast" else [self._kept[p] for p in together], others)
         if len(together) < len(restored.values):
-            warnings.warn(
-                f"{len(restored.values) - len(together)} of {len(restored.values)} parameters do not have the values"
-                f" that the {restored.weights} weights in the checkpoint were saved with (changed while loading?):"
-                " theirs are left out, and fast and slow weights both start from the values loaded.",
-                stacklevel=2,
+            message = (
+                f"Lookahead: {len(restored.values) - len(together)} of {len(restored.values)} parameters do not have"
+                f" the values that their {restored.weights} weights in the checkpoint were saved with (changed while"
+                " loading?). Those are left out: fast and slow weights both start from the values loaded."
             )
+            warnings.warn(message, stacklevel=2)
 
     def _track_changes(self) -> None:
         """Start phi for parameters that were added or unfrozen; costs nothing per trained parameter."""
@@ -268,10 +270,10 @@ class SlowWeights:
         if listed != self._listed or any(parameter.requires_grad for parameter in self._idle):
             self._track()
 
-    def _track(self) -> None:
+    def _track(self, also: Collection[Tensor] = ()) -> None:
         listed = [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
         known = self._kept
-        new = [p for p in dict.fromkeys(listed) if p.requires_grad and p not in known]
+        new = [p for p in dict.fromkeys(listed) if (p.requires_grad or p in also) and p not in known]
         begun = dict(zip(new, copies(new), strict=True))
         self._kept = {
             p: known[p] if p in known else begun[p] for p in dict.fromkeys(listed) if p in known or p in begun
