@@ -159,6 +159,8 @@ def main() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=".*(num_workers|LeafSpec).*")
 
+    torch.set_num_threads(1)  # in a network this small more threads only wait for one another
+
     console = Console()
     final: dict[str, list[float]] = {}
     curves: dict[str, list[list[float]]] = {}
