@@ -2,13 +2,32 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING
+
+from torch import Tensor
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from torch import Tensor
     from torch.optim import Optimizer
+
+
+def is_rehearsal(optimizer: Optimizer) -> bool:
+    """Whether the step that begins is only there to make the optimizer create its state.
+
+    ``torch.distributed.checkpoint`` takes one, with gradients and learning rates of zero, before it reads or writes a
+    state that is empty. A real step may have a learning rate of zero, too (warm-up), so the caller has to be seen.
+    """
+    lr = optimizer.param_groups[0].get("lr")
+    if not isinstance(lr, Tensor) and lr != 0:
+        return False
+    frame = sys._getframe()
+    while frame is not None:
+        if frame.f_code.co_name == "_init_optim_state":
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
 
 
 class InnerSteps:

@@ -8,7 +8,9 @@ are told by name.
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from lightning_lookahead.slow_weights import parameters_of
 
 if TYPE_CHECKING or "pytorch_lightning" not in sys.modules or "lightning.pytorch" in sys.modules:
     from lightning.pytorch import Callback
@@ -39,8 +41,6 @@ AVERAGERS = {"StochasticWeightAveraging", "WeightAveraging"}
 
 _UNSUPPORTED_STRATEGIES = {
     "DeepSpeedStrategy": "the engine keeps its weights out of the optimizer's reach",
-    "FSDPStrategy": "sharded weights are not supported yet",
-    "ModelParallelStrategy": "sharded weights are not supported yet",
     "XLAStrategy": "XLA devices are not supported yet",
     "XLAFSDPStrategy": "XLA devices are not supported yet",
     "DDPXLAStrategy": "XLA devices are not supported yet",
@@ -76,7 +76,7 @@ def check_trainer(trainer: Trainer) -> None:
         if is_a(trainer.strategy, [name]):
             message = (
                 f"LookaheadCallback does not work with strategy={type(trainer.strategy).__name__}: {reason}. Use one"
-                " device or strategy='ddp'."
+                " device, 'ddp', 'fsdp' or ModelParallelStrategy."
             )
             raise ValueError(message)
 
@@ -94,8 +94,3 @@ def check_disjoint(optimizers: list[Optimizer], pl_module: LightningModule) -> N
                     " slow weights of its own. Give it to one of them."
                 )
                 raise ValueError(message)
-
-
-def parameters_of(optimizer: Any) -> list[Tensor]:
-    """All parameters of an optimizer in the order of its groups."""
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]

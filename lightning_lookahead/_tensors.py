@@ -1,7 +1,7 @@
 """Arithmetic over lists of tensors, in place: the only file that knows how torch batches it.
 
-Every function takes lists of equal length whose tensors match pairwise in shape and dtype, works under ``no_grad``,
-and issues no collective and no host synchronisation.
+Every function takes lists of equal length whose tensors match pairwise in shape, dtype and placement, works under
+``no_grad``, and issues no collective and no host synchronisation: of a sharded tensor it sees this rank's piece.
 """
 
 from __future__ import annotations
@@ -10,14 +10,22 @@ import zlib
 from typing import TYPE_CHECKING
 
 import torch
+from torch.distributed.tensor import DTensor
 
 if TYPE_CHECKING:
+    from collections.abc import Collection, Iterable
+
     from torch import Tensor
+
+
+def local(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """The pieces that this rank has: foreach operations know no DTensors."""
+    return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
 
 
 @torch.inference_mode(mode=False)
 @torch.no_grad()
-def copies(tensors: list[Tensor]) -> list[Tensor]:
+def copies(tensors: Iterable[Tensor]) -> list[Tensor]:
     """Copy each tensor into storage of its own, with its strides.
 
     Ordinary tensors also where the caller is in inference mode (as Lightning's validation is): an inference tensor
@@ -27,26 +35,27 @@ def copies(tensors: list[Tensor]) -> list[Tensor]:
 
 
 @torch.no_grad()
-def copy_(targets: list[Tensor], sources: list[Tensor]) -> None:
+def copy_(targets: Collection[Tensor], sources: Collection[Tensor]) -> None:
     """Copy each source into its target; the two may be on different devices."""
     if targets:
-        torch._foreach_copy_(targets, sources)
+        torch._foreach_copy_(local(targets), local(sources))
 
 
 @torch.no_grad()
-def interpolate_(slow: list[Tensor], fast: list[Tensor], alpha: float) -> None:
+def interpolate_(slow: Collection[Tensor], fast: Collection[Tensor], alpha: float) -> None:
     """``slow <- slow + alpha * (fast - slow)``, the outer step of Algorithm 1.
 
     ``lerp`` computes it from the nearer end (``fast - (1 - alpha) * (fast - slow)`` from one half on), without a
     temporary, so that ``alpha=1`` gives ``fast`` exactly; ``slow + 1 * (fast - slow)`` would not.
     """
     if slow:
-        torch._foreach_lerp_(slow, fast, alpha)
+        torch._foreach_lerp_(local(slow), local(fast), alpha)
 
 
 @torch.no_grad()
-def exchange_(left: list[Tensor], right: list[Tensor]) -> None:
+def exchange_(left: Collection[Tensor], right: Collection[Tensor]) -> None:
     """Exchange the values of each pair, with one tensor's worth of extra memory at a time; all of them or none."""
+    left, right = local(left), local(right)
     done = 0
     try:
         for a, b in zip(left, right, strict=True):
@@ -64,11 +73,11 @@ def exchange_(left: list[Tensor], right: list[Tensor]) -> None:
 
 
 @torch.no_grad()
-def distance(left: list[Tensor], right: list[Tensor]) -> Tensor:
+def distance(left: Collection[Tensor], right: Collection[Tensor]) -> Tensor:
     """Euclidean distance between two lists seen as two long vectors: a 0-dim tensor on the first one's device."""
     if not left:
         return torch.tensor(0.0)
-    norms = [torch.linalg.vector_norm(a - b) for a, b in zip(left, right, strict=True)]
+    norms = [torch.linalg.vector_norm(a - b) for a, b in zip(local(left), local(right), strict=True)]
     total: Tensor = torch.linalg.vector_norm(torch.stack([norm.to(norms[0]) for norm in norms]))
     return total
 

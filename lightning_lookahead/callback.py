@@ -28,16 +28,17 @@ from lightning_lookahead._lightning import (
     check_trainer,
     is_a,
     join_packages,
-    parameters_of,
 )
-from lightning_lookahead.checkpointing import Weights, copy_aliases, replace_aliases
-from lightning_lookahead.slow_weights import SlowWeights
+from lightning_lookahead._sharding import detach_aliases
+from lightning_lookahead.checkpointing import Weights, carried_in, replace_aliases
+from lightning_lookahead.slow_weights import SlowWeights, parameters_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from lightning.pytorch import LightningModule, Trainer
     from lightning.pytorch.strategies import Strategy
+    from torch import Tensor
 
 
 class LookaheadCallback(Callback):
@@ -98,8 +99,12 @@ class LookaheadCallback(Callback):
         self.log_distance = log_distance
         self.slow_weights: list[SlowWeights] = []
         """One for each optimizer, from the start of a fit until the next fit starts."""
+        self._tied: list[
+            list[str]
+        ] = []  # names of the same parameter, as they were before a strategy wrapped the module
         self._logged: list[int] = []  # syncs that were logged, for each optimizer
         self._restored: list[dict[str, Any]] = []  # counters from a checkpoint, until there are optimizers to count for
+        self._foreign = False  # the checkpoint was made without us
 
     # -- one fit
 
@@ -110,7 +115,8 @@ class LookaheadCallback(Callback):
         check_trainer(trainer)
         for slow in self.slow_weights:
             slow.close()
-        self.slow_weights, self._restored = [], []
+        self.slow_weights, self._restored, self._foreign = [], [], False
+        self._tied = [names for names in _names(pl_module).values() if len(names) > 1]
         # First, so that every other callback finds the weights that validation and the end of training are about:
         # pruning masks them, averaging replaces them. Only the tuners stay ahead, as Lightning sorts them.
         others = [callback for callback in callbacks_of(trainer) if callback is not self]
@@ -126,29 +132,31 @@ class LookaheadCallback(Callback):
         for optimizer in optimizers:
             check_optimizer(optimizer)
         check_disjoint(optimizers, pl_module)
-        if self._restored and len(self._restored) != len(optimizers):
-            message = (
-                f"The checkpoint was made with {len(self._restored)} optimizers, and configure_optimizers gives"
-                f" {len(optimizers)}: resume with the same optimizers."
-            )
-            raise ValueError(message)
         self.slow_weights = [
             SlowWeights(
                 optimizer,
                 self.k,
                 self.alpha,
                 sync_in_step=not pl_module.automatic_optimization,
+                module=trainer.strategy.model,
                 model_weights=self.eval_weights,
                 measure_distance=self.log_distance,
             )
             for optimizer in optimizers
         ]
         self._load_counters()
+        self._attach(trainer.strategy)
+
+    def _attach(self, strategy: Strategy) -> None:
+        # Lightning asks the strategy, once, for the weights of every checkpoint; with save_weights_only=True no hook of
+        # a callback is called. A partial, unlike a closure, leaves the strategy picklable.
         if self.eval_weights == "slow":
-            # Lightning asks the strategy, once, for the weights of every checkpoint; with save_weights_only=True no
-            # hook of a callback is called. A partial, unlike a closure, leaves the strategy picklable.
-            trainer.strategy.lightning_module_state_dict = functools.partial(  # type: ignore[method-assign]
-                self._slow_state_dict, trainer.strategy
+            strategy.lightning_module_state_dict = functools.partial(  # type: ignore[method-assign]
+                self._slow_state_dict, strategy
+            )
+        if strategy.restore_checkpoint_after_setup:
+            strategy.load_checkpoint = functools.partial(  # type: ignore[method-assign]
+                self._load_checkpoint, strategy
             )
 
     @override
@@ -239,16 +247,29 @@ class LookaheadCallback(Callback):
     def _slow_state_dict(self, strategy: Strategy) -> dict[str, Any]:
         """What ``strategy.lightning_module_state_dict()`` returns during a fit and after it: phi, swapped or not."""
         original = functools.partial(type(strategy).lightning_module_state_dict, strategy)
-        state_dict = original()
-        replacements = {
-            fast: phi for slow in self.slow_weights if slow.holds == "fast" for fast, phi in slow.values("slow").items()
-        }
-        if not replace_aliases(state_dict, replacements):
-            # Some are left out or computed from the parameters: then phi has to be there while that is done.
-            with self.use_weights("slow"):
-                state_dict = original()
-                copy_aliases(state_dict, replacements)
+        if not any(slow.sharded for slow in self.slow_weights):
+            state_dict = original()
+            replacements = {
+                fast: phi
+                for slow in self.slow_weights
+                if slow.holds == "fast"
+                for fast, phi in slow.values("slow").items()
+            }
+            if replace_aliases(state_dict, replacements):
+                return state_dict
+        # Sharded, left out or computed from the parameters: then phi has to be there while that is done.
+        with self.use_weights("slow"):
+            state_dict = original()
+            detach_aliases(state_dict)
         return state_dict
+
+    def _load_checkpoint(self, strategy: Strategy, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """What ``strategy.load_checkpoint()`` returns, when it loads optimizers in place."""
+        carried = carried_in(strategy.broadcast(path))
+        with ExitStack() as stack:
+            for slow in self.slow_weights:
+                stack.enter_context(slow.expecting(carried))
+            return type(strategy).load_checkpoint(strategy, path, *args, **kwargs)
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -270,12 +291,10 @@ class LookaheadCallback(Callback):
 
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        names: dict[Any, list[str]] = {}
-        for name, parameter in pl_module.named_parameters(remove_duplicate=False):
-            names.setdefault(parameter, []).append(name)
-        checkpoint["callbacks"][self.state_key]["names"] = [
-            [names.get(parameter, []) for parameter in parameters_of(optimizer)] for optimizer in trainer.optimizers
-        ]
+        names = _names(pl_module)
+        state = checkpoint["callbacks"][self.state_key]
+        state["names"] = [[names.get(p, []) for p in parameters_of(optimizer)] for optimizer in trainer.optimizers]
+        state["tied"] = self._tied
 
     @override
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -287,6 +306,8 @@ class LookaheadCallback(Callback):
                 "The checkpoint was made without LookaheadCallback: slow and fast weights both start from its weights.",
                 stacklevel=2,
             )
+            self._foreign = True
+            self._load_counters()
             return
         check_version(saved.get("lookahead_version"))
         warn_of_differences(saved, self._settings())
@@ -295,7 +316,25 @@ class LookaheadCallback(Callback):
 
     def _load_counters(self) -> None:
         # The Trainer loads callbacks before there are optimizers (one device, DDP) or after (sharded strategies).
-        if self.slow_weights:
-            for slow, counters in zip(self.slow_weights, self._restored, strict=False):
-                slow.load_state_dict(counters)
-            self._restored = []
+        if not self.slow_weights:
+            return
+        if self._restored and len(self._restored) != len(self.slow_weights):
+            message = (
+                f"The checkpoint was made with {len(self._restored)} optimizers, and configure_optimizers gives"
+                f" {len(self.slow_weights)}: resume with the same optimizers."
+            )
+            raise ValueError(message)
+        for slow, counters in zip(self.slow_weights, self._restored, strict=False):
+            slow.load_state_dict(counters)
+        if self._foreign:
+            for slow in self.slow_weights:
+                slow.start_over()
+        self._restored, self._foreign = [], False
+
+
+def _names(pl_module: LightningModule) -> dict[Tensor, list[str]]:
+    """Each parameter's names in the module's ``state_dict``: more than one if it is tied."""
+    names: dict[Tensor, list[str]] = {}
+    for name, parameter in pl_module.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, []).append(name.replace("_fsdp_wrapped_module.", ""))
+    return names

@@ -2,24 +2,25 @@
 
 The model's ``state_dict`` holds one set of weights. The other set travels in the optimizer's ``state_dict``, as one
 more entry of each parameter's state: the only place that every strategy of Lightning saves, shards and restores.
-Beside it stands a checksum of the weights in the model's ``state_dict``. The two sets belong together only as long as
-that checksum holds: if the weights were changed in between (``LightningModule.on_load_checkpoint``, a run without
-Lookahead), the other set is out of date.
 """
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load as load_shards
 
 from lightning_lookahead._checks import check_version, check_weights
-from lightning_lookahead._tensors import checksum, copies
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Hashable, Iterable, Iterator, Mapping
+    from collections.abc import Hashable, Iterator, Mapping
 
     from torch import Tensor
     from torch.optim import Optimizer
@@ -28,8 +29,8 @@ Weights = Literal["slow", "fast"]
 """Which set of weights: ``"slow"`` is phi, ``"fast"`` is theta."""
 
 OTHER: dict[Weights, Weights] = {"slow": "fast", "fast": "slow"}
+_MODELS = ("state_dict.", "model.")  # where ModelParallelStrategy and FSDPStrategy keep the model among the shards
 _CARRIED: dict[str, Weights] = {"lookahead_slow": "slow", "lookahead_fast": "fast"}
-_CHECKSUM = "lookahead_checksum"
 
 
 @dataclass
@@ -39,12 +40,10 @@ class Carried:
     Attributes:
         weights: Which set it is.
         values: Parameter -> its value in that set, of the parameter's shape.
-        checksums: Parameter -> checksum of its value in the model's ``state_dict``.
     """
 
     weights: Weights
     values: dict[Tensor, Tensor] = field(default_factory=dict)
-    checksums: dict[Tensor, int] = field(default_factory=dict)
 
     def take(self, parameter: Tensor, own: dict[str, Any]) -> dict[str, Any]:
         """Take what one parameter's state carries, and return the rest of that state."""
@@ -60,12 +59,7 @@ class Carried:
                 raise ValueError(message)
             self.weights = weights
             self.values[parameter] = own[name]
-            self.checksums[parameter] = own[_CHECKSUM]
-        return {name: value for name, value in own.items() if name not in _CARRIED and name != _CHECKSUM}
-
-    def belongs_to(self, parameter: Tensor) -> bool:
-        """Whether ``parameter`` has the value beside which its other value was saved."""
-        return parameter in self.values and self.checksums[parameter] == checksum(parameter)
+        return {name: value for name, value in own.items() if name not in _CARRIED}
 
 
 def pack(state_dict: dict[str, Any], optimizer: Optimizer, carried: Carried) -> dict[str, Any]:
@@ -73,12 +67,7 @@ def pack(state_dict: dict[str, Any], optimizer: Optimizer, carried: Carried) -> 
     state = dict(state_dict["state"])
     for parameter, key in _keys(state_dict, optimizer):
         if parameter in carried.values:
-            own = state.get(key, {})
-            state[key] = {
-                **own,
-                f"lookahead_{carried.weights}": carried.values[parameter],
-                _CHECKSUM: carried.checksums[parameter],
-            }
+            state[key] = {**state.get(key, {}), f"lookahead_{carried.weights}": carried.values[parameter]}
     return {**state_dict, "state": state}
 
 
@@ -143,11 +132,18 @@ def replace_aliases(state_dict: dict[str, Any], replacements: Mapping[Tensor, Te
     return not missing
 
 
-def copy_aliases(state_dict: dict[str, Any], parameters: Iterable[Tensor]) -> None:
-    """Replace by a copy whatever in a module's ``state_dict`` is one of these parameters, seen through its storage."""
-    pointers = {parameter.data_ptr() for parameter in parameters}
-    shared = [n for n, value in state_dict.items() if isinstance(value, torch.Tensor) and value.data_ptr() in pointers]
-    state_dict.update(zip(shared, copies([state_dict[name] for name in shared]), strict=True))
+def carried_in(path: str | os.PathLike[str]) -> Weights | None:
+    """Which set of weights the optimizers' states carry in a checkpoint, a file or a folder of shards."""
+    path = Path(path)
+    if path.is_dir():
+        names = FileSystemReader(path).read_metadata().state_dict_metadata
+        found = {name.rsplit(".", 1)[-1] for name in names}
+    elif path.is_file():
+        states = torch.load(path, map_location="cpu", mmap=True).get("optimizer_states", [])
+        found = {name for state in states for own in state.get("state", {}).values() for name in own}
+    else:
+        return None  # which the strategy will say in its own words
+    return next((weights for name, weights in _CARRIED.items() if name in found), None)
 
 
 def load_weights(
@@ -156,7 +152,7 @@ def load_weights(
     """Read one set of weights out of a checkpoint file, without a Trainer.
 
     Args:
-        path: A checkpoint file that a run with `LookaheadCallback` saved.
+        path: A checkpoint that a run with `LookaheadCallback` saved: a file, or a folder of shards.
         weights: ``"slow"`` (phi, what the algorithm returns) or ``"fast"`` (theta, where the inner optimizer was).
         weights_only: As in `torch.load`. ``False`` runs code from the file: only for files that you trust.
 
@@ -179,17 +175,52 @@ def load_weights(
     state_dict = dict(checkpoint["state_dict"])
     if weights != saved["eval_weights"]:
         for optimizer_state, names in zip(checkpoint["optimizer_states"], saved["names"], strict=True):
-            keys = [key for group in optimizer_state["param_groups"] for key in group["params"]]
-            for key, aliases in zip(keys, names, strict=True):
-                entry = optimizer_state["state"].get(key, {})
-                if f"lookahead_{weights}" in entry:
-                    state_dict.update(dict.fromkeys(aliases, entry[f"lookahead_{weights}"]))
+            state_dict.update(_others(optimizer_state, [*names, *saved["tied"]], f"lookahead_{weights}"))
     return {name.replace("_orig_mod.", ""): value for name, value in state_dict.items()}
+
+
+def _others(optimizer_state: dict[str, Any], names: list[list[str]], entry: str) -> dict[str, Tensor]:
+    """The set that an optimizer's state carries, by all names of each parameter."""
+    state = optimizer_state["state"]
+    if "param_groups" in optimizer_state:
+        keys = [key for group in optimizer_state["param_groups"] for key in group["params"]]
+        aliases = dict(zip(keys, names, strict=False))
+    else:  # shards name the parameters, each by one of its names
+        aliases = {name: own for own in names for name in own}
+    return {name: own[entry] for key, own in state.items() if entry in own for name in aliases.get(key, [key])}
+
+
+def _read_shards(path: Path, *, weights_only: bool) -> dict[str, Any]:
+    """Put a folder of shards together as if it were one file, with nothing of the optimizers but what they carry."""
+    checkpoint: dict[str, Any] = torch.load(path / "meta.pt", map_location="cpu", weights_only=weights_only)
+    reader = FileSystemReader(path)
+    tensors = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in reader.read_metadata().state_dict_metadata.items()
+        if isinstance(entry, TensorStorageMetadata) and (name.startswith(_MODELS) or name.endswith(tuple(_CARRIED)))
+    }
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as it should be here
+        load_shards(tensors, storage_reader=reader, no_dist=True)
+    checkpoint["state_dict"] = {}
+    states: dict[str, dict[str, Any]] = {}
+    for name, tensor in tensors.items():
+        part, _, rest = name.partition(".")
+        if name.startswith(_MODELS):
+            checkpoint["state_dict"][rest] = tensor
+        else:  # optimizer_0.state.NAME.lookahead_fast
+            parameter, _, entry = rest.removeprefix("state.").rpartition(".")
+            states.setdefault(part, {})[parameter] = {entry: tensor}
+    checkpoint["optimizer_states"] = [{"state": states[part]} for part in sorted(states)]
+    return checkpoint
 
 
 def _read(path: str | os.PathLike[str], *, weights_only: bool) -> dict[str, Any]:
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=weights_only)
+        if Path(path).is_dir():
+            checkpoint = _read_shards(Path(path), weights_only=weights_only)
+        else:
+            checkpoint = torch.load(path, map_location="cpu", weights_only=weights_only)
     except FileNotFoundError:
         raise
     except Exception as error:

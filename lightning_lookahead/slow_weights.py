@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from lightning_lookahead._checks import (
     check_alpha,
@@ -14,14 +14,15 @@ from lightning_lookahead._checks import (
     check_weights,
     warn_of_differences,
 )
-from lightning_lookahead._inner_steps import InnerSteps
+from lightning_lookahead._inner_steps import InnerSteps, is_rehearsal
+from lightning_lookahead._sharding import is_sharded, reshard
 from lightning_lookahead._tensors import checksum, copies, copy_, distance, exchange_, interpolate_
 from lightning_lookahead.checkpointing import OTHER, Carried, Weights, adopt, fits, pack, unpack
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator
 
-    from torch import Tensor
+    from torch import Tensor, nn
     from torch.optim import Optimizer
 
 
@@ -45,6 +46,7 @@ class SlowWeights:
             (device, shard). Parameters that need no gradient are left alone, until they do; added ones join.
         k: Inner steps from one sync to the next; at least 1.
         alpha: Slow weights step size, the fraction of the way to go, in (0, 1]. 1 leaves the inner optimizer as it is.
+        module: The module that the parameters belong to, as FSDP or a `Fabric` returned it. Needed if they are sharded.
         sync_in_step: Sync by itself at the end of the k-th ``optimizer.step()``; ``False`` leaves it to the caller,
             who calls `sync` when `due`.
         model_weights: The weights that the model's own ``state_dict`` holds in checkpoints; ``optimizer.state_dict()``
@@ -78,6 +80,7 @@ class SlowWeights:
         k: int = 5,
         alpha: float = 0.5,
         *,
+        module: nn.Module | None = None,
         sync_in_step: bool = True,
         model_weights: Weights | None = None,
         measure_distance: bool = False,
@@ -85,6 +88,10 @@ class SlowWeights:
         check_k(k)
         check_alpha(alpha)
         check_optimizer(optimizer)
+        sharded = is_sharded(module, parameters_of(optimizer))
+        if sharded and module is None:
+            message = "optimizer has sharded parameters: give the module that they belong to, too, as module=."
+            raise ValueError(message)
         self.k = k
         self.alpha = alpha
         self.syncs = 0
@@ -95,11 +102,15 @@ class SlowWeights:
         """How far theta and phi were apart just before the last sync, over all trained parameters; if measured."""
         self._measure_distance = measure_distance
         self._optimizer = optimizer
+        self._sharded = module if sharded else None  # the module whose shards these are
         self._sync_in_step = sync_in_step
         self._model_weights = model_weights
         self._inner_steps = InnerSteps()
         self._started = False  # until the first step phi follows the parameters
         self._restored: Carried | None = None  # loaded with the optimizer's state, not yet put in place
+        self._checksums: list[int] = []  # of the parameters beside which those were saved, in the optimizer's order
+        self._expected: Literal["own", "slow", "fast", "nothing"] = "own"  # what a `state_dict` carries
+        self._start_over = False  # whatever the optimizer's state carries is out of date
         self._kept: dict[Tensor, Tensor] = {}  # trained parameter -> its value in the set that is not held
         self._idle: list[Tensor] = []  # parameters of the optimizer that need no gradient
         self._listed = 0
@@ -122,11 +133,18 @@ class SlowWeights:
         return self._inner_steps.total
 
     @property
+    def sharded(self) -> bool:
+        """Whether the parameters are spread over ranks; each then keeps its own piece of both sets."""
+        return self._sharded is not None
+
+    @property
     def due(self) -> bool:
         """Whether ``k`` inner steps were taken since the last sync; reads the device only if it may be."""
         return self._inner_steps.reached(self.k)
 
-    def _before_step(self, *_: object) -> None:
+    def _before_step(self, optimizer: Optimizer, *_: object) -> None:
+        if is_rehearsal(optimizer):
+            return
         if self.holds == "slow":
             message = (
                 "optimizer.step() was called while the parameters hold the slow weights: step after the"
@@ -172,10 +190,12 @@ class SlowWeights:
         """Let the parameters hold ``weights`` from now on, in place: `data_ptr` and `Parameter` stay."""
         check_weights(weights)
         self._settle()
+        if self._sharded is not None:
+            reshard(self._sharded)
         # After a fit Lightning moves the module to the CPU; what is kept here follows.
         self._kept = {parameter: kept.to(parameter.device) for parameter, kept in self._kept.items()}
         if weights != self.holds:
-            exchange_(list(self._kept), list(self._kept.values()))
+            exchange_(self._kept, self._kept.values())
             self.holds = weights
 
     @contextmanager
@@ -197,13 +217,14 @@ class SlowWeights:
     # -- saving
 
     def state_dict(self) -> dict[str, Any]:
-        """Counters and settings, without tensors: the weights travel with the model and the optimizer."""
+        """Counters, settings and checksums, no tensors: the weights travel with the model and the optimizer."""
         return {
             "k": self.k,
             "alpha": self.alpha,
             "steps": self._inner_steps.total,
             "steps_since_sync": self._inner_steps.since_sync,
             "syncs": self.syncs,
+            "checksums": self._checksums_now(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -216,18 +237,41 @@ class SlowWeights:
         warn_of_differences(state_dict, {"k": self.k, "alpha": self.alpha})
         self._inner_steps.restore(state_dict["steps"], state_dict["steps_since_sync"])
         self.syncs = state_dict["syncs"]
+        self._checksums = list(state_dict.get("checksums", []))
+        self._start_over = False
+
+    def start_over(self) -> None:
+        """Let both sets start from the weights that are loaded now, whatever the optimizer's state carries."""
+        self._start_over = True
+
+    def _checksums_now(self) -> list[int]:
+        if self._sharded is not None:
+            return []
+        saved = self.values(self._model_weights or self.holds)
+        return [checksum(saved.get(parameter, parameter)) for parameter in parameters_of(self._optimizer)]
+
+    @contextmanager
+    def expecting(self, weights: Weights | None) -> Iterator[None]:
+        """Let the optimizer's ``state_dict`` carry ``weights`` or nothing inside the ``with`` block.
+
+        ``torch.distributed.checkpoint`` reads into a ``state_dict`` of the optimizer that it is about to load: what it
+        has there must be in the file.
+        """
+        self._expected = weights or "nothing"
+        try:
+            yield
+        finally:
+            self._expected = "own"
 
     def _pack(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-        in_model = self._model_weights or self.holds
-        saved, others = self.values(in_model), self.values(OTHER[in_model])
-        carried = Carried(OTHER[in_model])
-        for parameter in self._kept:
+        if self._expected == "nothing":
+            return state_dict
+        weights = OTHER[self._model_weights or self.holds] if self._expected == "own" else self._expected
+        carried, rest = self.values(weights), self.values(OTHER[weights])
+        if self._sharded is None:
             # Adam takes any state for its own, so a parameter that never had any gets ours only where it is needed.
-            if parameter in optimizer.state or not others[parameter].equal(saved[parameter]):
-                carried.values[parameter] = others[parameter]
-                carried.checksums[parameter] = checksum(saved[parameter])
-        carried.values = dict(zip(carried.values, copies(list(carried.values.values())), strict=True))
-        return pack(state_dict, optimizer, carried)
+            carried = {p: v for p, v in carried.items() if p in optimizer.state or not v.equal(rest[p])}
+        return pack(state_dict, optimizer, Carried(weights, dict(zip(carried, copies(carried.values()), strict=True))))
 
     def _unpack(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         if not fits(state_dict, optimizer):
@@ -246,23 +290,36 @@ class SlowWeights:
         """Make both sets what they have to be before anything looks at them or moves them."""
         if self._started or self.holds == "slow":
             return
+        if self._sharded is not None:
+            reshard(self._sharded)
         restored, self._restored = self._restored or adopt(self._optimizer), None
+        checksums, self._checksums = self._checksums, []
         if restored is not None:
             self._track(restored.values)  # also what is frozen now: it was trained when it was saved
-        copy_(list(self._kept.values()), list(self._kept))
-        if restored is None:
+        copy_(self._kept.values(), self._kept)
+        if restored is None or self._start_over:
             return
         self._started = True
-        together = [parameter for parameter in restored.values if restored.belongs_to(parameter)]
-        others = [restored.values[parameter] for parameter in together]
-        copy_(together if restored.weights == "fast" else [self._kept[p] for p in together], others)
-        if len(together) < len(restored.values):
+        others = self._matching(restored.values, checksums)
+        if len(others) < len(restored.values):
             message = (
-                f"Lookahead: {len(restored.values) - len(together)} of {len(restored.values)} parameters do not have"
-                f" the values that their {restored.weights} weights in the checkpoint were saved with (changed while"
+                f"Lookahead: {len(restored.values) - len(others)} of {len(restored.values)} parameters do not have the"
+                f" values that their {restored.weights} weights in the checkpoint were saved with (changed while"
                 " loading?). Those are left out: fast and slow weights both start from the values loaded."
             )
             warnings.warn(message, stacklevel=2)
+        copy_(others if restored.weights == "fast" else [self._kept[p] for p in others], others.values())
+
+    def _matching(self, others: dict[Tensor, Tensor], checksums: list[int]) -> dict[Tensor, Tensor]:
+        """Those of the restored values whose parameters are as they were when the two were saved together.
+
+        They are not if ``LightningModule.on_load_checkpoint`` has changed them. Of sharded weights it is not known.
+        """
+        listed = parameters_of(self._optimizer)
+        if self._sharded is not None or len(listed) != len(checksums):
+            return others
+        saved = dict(zip(listed, checksums, strict=True))
+        return {parameter: other for parameter, other in others.items() if checksum(parameter) == saved[parameter]}
 
     def _track_changes(self) -> None:
         """Start phi for parameters that were added or unfrozen; costs nothing per trained parameter."""
@@ -271,7 +328,7 @@ class SlowWeights:
             self._track()
 
     def _track(self, also: Collection[Tensor] = ()) -> None:
-        listed = [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
+        listed = parameters_of(self._optimizer)
         known = self._kept
         new = [p for p in dict.fromkeys(listed) if (p.requires_grad or p in also) and p not in known]
         begun = dict(zip(new, copies(new), strict=True))
@@ -315,6 +372,11 @@ class SlowWeights:
             _remove(self._step_hooks)
         if not saving:
             _remove(self._state_hooks)
+
+
+def parameters_of(optimizer: Optimizer) -> list[Tensor]:
+    """All parameters of an optimizer in the order of its groups."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def _remove(hooks: list[Any]) -> None:

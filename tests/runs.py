@@ -72,6 +72,13 @@ def make_trainer(*callbacks, trainer=Trainer, **settings):
     return trainer(callbacks=list(callbacks), **{**quiet, **settings})
 
 
+def leave():
+    """Leave the process group together: gloo aborts a rank whose peers are gone before it."""
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
 def equal(left, right):
     return all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
 

@@ -289,11 +289,9 @@ def test_a_run_without_lookahead_in_between_leaves_no_trace_in_the_weights():
         def on_train_start(self, trainer, pl_module):
             seen.extend(both(callback, pl_module))
 
-    with (
-        pytest.warns(UserWarning, match="made without LookaheadCallback"),
-        pytest.warns(UserWarning, match="4 of 4 parameters"),
-    ):
+    with pytest.warns(UserWarning, match="made without LookaheadCallback") as caught:
         make_trainer(callback, Start(), max_steps=8).fit(module, ckpt_path="between.ckpt")
+    assert sum("Lookahead" in str(warning.message) for warning in caught) == 1
     assert equal(seen[0], between.weights())
     assert equal(seen[1], between.weights())
 

@@ -10,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch.distributed as dist
 from lightning.pytorch import Callback
 from resume_worker import Ranked
-from runs import both, equal, make_trainer
+from runs import both, equal, leave, make_trainer
 from torch.profiler import ProfilerActivity, profile
 
 from lightning_lookahead import LookaheadCallback, SlowWeights
@@ -68,6 +68,7 @@ def main():
     if trainer.is_global_zero:
         torch.save((theta, phi), "ddp.pt")
     print("ranks agree")  # noqa: T201
+    leave()
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from lightning.pytorch.callbacks import ModelCheckpoint
-from runs import Regression, both, equal, inputs, make_trainer
+from runs import Regression, both, equal, inputs, leave, make_trainer
 
 from lightning_lookahead import LookaheadCallback
 
@@ -38,6 +38,7 @@ def main():
         every = ModelCheckpoint(".", "{step}", every_n_train_steps=1, save_top_k=-1, save_on_train_epoch_end=False)
         trainer_for(strategy, callback, every).fit(module)
         torch.save(both(callback, module), f"rank{module.global_rank}.pt")
+        leave()
         return
     for step in range(1, STEPS + 1):
         callback, module = LookaheadCallback(k=K), Ranked(optimizer)
@@ -49,6 +50,7 @@ def main():
         assert equal(both(callback, module)[1], phi), f"phi differs when resumed from step {step}"
         assert (callback.slow_weights[0].steps, callback.slow_weights[0].syncs) == (STEPS, STEPS // K)
     print("resumed from every step")  # noqa: T201
+    leave()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,126 @@
+"""Run by `test_sharded.py` under torchrun: ``sharded_worker.py ACTION KIND OPTIMIZER PATH...``.
+
+``train`` saves a checkpoint after every step in the folder PATH; ``resume`` goes on from each checkpoint PATH and saves
+the end beside it. KIND names a strategy and what its checkpoints look like.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
+from runs import Regression, inputs, leave, make_trainer
+from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+from lightning_lookahead import LookaheadCallback
+
+STEPS, K = 8, 3
+
+
+class CPUFSDPStrategy(FSDPStrategy):
+    """Lightning asks for an accelerator here; FSDP1 itself runs on the CPU as well."""
+
+    def _setup_model(self, model):
+        return FullyShardedDataParallel(
+            module=model,
+            cpu_offload=self.cpu_offload,
+            sharding_strategy=self.sharding_strategy,
+            device_id=torch.device("cpu"),
+            **self.kwargs,
+        )
+
+
+class Net(nn.Sequential):
+    """Shards of uneven size, an empty one (the last bias has one element), tied and frozen weights."""
+
+    def __init__(self, frozen=True):
+        super().__init__(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 5), nn.Linear(5, 1))
+        self[4].weight = self[2].weight
+        if frozen:
+            self.append(nn.Linear(1, 1).requires_grad_(False))
+
+
+class Sharded(Regression):
+    def __init__(self, optimizer, kind):
+        super().__init__(optimizer, lr=0.05, batches=4)
+        self.kind = kind
+        torch.manual_seed(5)
+        if kind.startswith("tp"):  # tensor parallelism wants sizes that can be divided, and weights that are not tied
+            self.net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 5))
+        else:
+            self.net = Net(frozen=kind != "fsdp1_flat")
+        self.net.to(torch.float32 if "fsdp1" in kind else torch.float64)
+
+    def forward(self, x):
+        return self.net(x)
+
+    def loss(self, step):
+        return (self(inputs(step).to(self.net[0].weight.dtype)) - 1).square().mean()
+
+    def configure_model(self):
+        if self.kind.startswith("fsdp2") and not hasattr(self.net, "set_requires_gradient_sync"):
+            mesh = self.device_mesh if self.kind == "fsdp2_hsdp" else self.device_mesh["data_parallel"]
+            fully_shard(self.net[0], mesh=mesh)
+            fully_shard(self.net, mesh=mesh)
+        if self.kind.startswith("tp"):
+            plan = {"0": ColwiseParallel(), "2": RowwiseParallel()}
+            parallelize_module(self.net, self.device_mesh["tensor_parallel"], plan)
+
+    def configure_optimizers(self):
+        parameters = self.trainer.model.parameters() if "fsdp1" in self.kind else self.parameters()
+        return self.optimizer_class(parameters, **self.settings)
+
+
+def strategy_for(kind):
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if kind == "ddp":
+        return DDPStrategy()
+    if kind.startswith("fsdp1"):
+        return CPUFSDPStrategy(
+            use_orig_params=kind != "fsdp1_flat",
+            cpu_offload=kind == "fsdp1_offload",
+            sharding_strategy="SHARD_GRAD_OP" if kind == "fsdp1_grad_op" else "FULL_SHARD",
+            state_dict_type="sharded",
+            process_group_backend="gloo",
+        )
+    sizes = (1, world) if kind.startswith("tp") or kind == "fsdp2_hsdp" else (world, 1)
+    return ModelParallelStrategy(*sizes, save_distributed_checkpoint="full" not in kind, process_group_backend="gloo")
+
+
+def fit(kind, optimizer, *callbacks, steps=STEPS, ckpt_path=None, **settings):
+    module, callback = Sharded(optimizer, kind), LookaheadCallback(k=K, alpha=0.5)
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    settings = {"limit_val_batches": 1, "val_check_interval": 2, "max_steps": steps, **settings}
+    parallel = {"strategy": strategy_for(kind), "devices": world} if kind != "single" else {}
+    trainer = make_trainer(callback, *callbacks, **parallel, use_distributed_sampler=False, **settings)
+    trainer.fit(module, ckpt_path=ckpt_path)
+    return trainer, module, callback
+
+
+def main():
+    action, kind, optimizer, *paths = (argument for argument in sys.argv[1:] if argument != "accumulate")
+    settings = {"accumulate_grad_batches": 2} if "accumulate" in sys.argv else {}
+    for path in map(Path, paths):
+        if action == "train":
+            every = ModelCheckpoint(path, "{step}", every_n_train_steps=1, save_top_k=-1, save_on_train_epoch_end=False)
+            trainer, _, callback = fit(kind, optimizer, every, **settings)
+            trainer.save_checkpoint(path / "end.ckpt")
+        else:
+            trainer, _, callback = fit(kind, optimizer, ckpt_path=path, **settings)
+            trainer.save_checkpoint(path.with_name(f"{path.stem}-resumed.ckpt"))
+        counted = callback.slow_weights[0].steps, callback.slow_weights[0].syncs
+        assert counted == (STEPS, STEPS // K), f"counted {counted}"
+        assert trainer.global_step == STEPS
+    leave()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()

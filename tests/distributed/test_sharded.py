@@ -1,0 +1,90 @@
+"""Sharded training in real processes: FSDP1, FSDP2, hybrid and tensor parallel, on the CPU over gloo."""
+
+from pathlib import Path
+
+import pytest
+from oracle import lookahead
+from runs import equal
+from sharded_worker import STEPS, K, Sharded
+from test_resume import run
+
+from lightning_lookahead import load_weights
+
+WORKER = Path(__file__).with_name("sharded_worker.py")
+KINDS = ["ddp", "fsdp1", "fsdp1_flat", "fsdp1_grad_op", "fsdp2", "fsdp2_full", "fsdp2_hsdp", "tp", "tp_full"]
+
+
+def reference(kind, optimizer, accumulate=1):
+    """theta and phi of one process, by name."""
+    module = Sharded(optimizer, kind)
+    inner = module.optimizer_class(module.parameters(), **module.settings)
+
+    def inner_step(index):
+        inner.zero_grad()
+        for _ in range(accumulate):
+            (module.loss(index) / accumulate).backward()
+        inner.step()
+
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    phi = dict(zip(trained, lookahead(trained, inner_step, k=K, alpha=0.5, steps=STEPS), strict=True))
+    named = list(module.named_parameters(remove_duplicate=False))
+    return {
+        "fast": {name: parameter.detach() for name, parameter in named},
+        "slow": {name: phi.get(parameter, parameter).detach() for name, parameter in named},
+    }
+
+
+def distance(left, right):
+    return max((left[name] - right[name]).abs().max().item() for name in right)
+
+
+def loaded(path):
+    return {weights: load_weights(path, weights) for weights in ("slow", "fast")}
+
+
+def same(left, right):
+    return all(equal(left[weights].values(), right[weights].values()) for weights in ("slow", "fast"))
+
+
+def close(left, right, tolerance):
+    return max(distance(left[weights], right[weights]) for weights in ("slow", "fast")) < tolerance
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_processes_give_what_one_gives_and_resume_bit_for_bit(kind, tmp_path):
+    run(WORKER, "train", kind, "SGD", tmp_path, processes=2)
+    end, expected = loaded(tmp_path / "end.ckpt"), reference(kind, "SGD")
+    assert distance(expected["slow"], expected["fast"]) > 1e-4
+    assert close(end, expected, 1e-6 if "fsdp1" in kind else 1e-12)
+    steps = (2, 3, 4)  # within a cycle, right after a sync, one step into the next cycle
+    run(WORKER, "resume", kind, "SGD", *(tmp_path / f"step={step}.ckpt" for step in steps), processes=2)
+    for step in steps:
+        assert same(loaded(tmp_path / f"step={step}-resumed.ckpt"), end)
+
+
+@pytest.mark.parametrize("kind", ["fsdp1", "fsdp2", "fsdp2_full"])
+def test_adam_and_accumulation(kind, tmp_path):
+    run(WORKER, "train", kind, "Adam", tmp_path, "accumulate", processes=2)
+    end = loaded(tmp_path / "end.ckpt")
+    assert close(end, reference(kind, "Adam", accumulate=2), 1e-5 if "fsdp1" in kind else 1e-12)
+    run(WORKER, "resume", kind, "Adam", "accumulate", *(tmp_path / f"step={step}.ckpt" for step in (1, 5)), processes=2)
+    for step in (1, 5):
+        assert same(loaded(tmp_path / f"step={step}-resumed.ckpt"), end)
+
+
+@pytest.mark.parametrize("processes", [1, 3])
+@pytest.mark.parametrize("kind", ["fsdp2", "fsdp2_full"])
+def test_another_number_of_processes_resumes(kind, processes, tmp_path):
+    run(WORKER, "train", kind, "SGD", tmp_path, processes=2)
+    run(WORKER, "resume", kind, "SGD", *(tmp_path / f"step={step}.ckpt" for step in (3, 4)), processes=processes)
+    for step in (3, 4):
+        assert close(loaded(tmp_path / f"step={step}-resumed.ckpt"), loaded(tmp_path / "end.ckpt"), 1e-12)
+
+
+@pytest.mark.parametrize(("before", "after"), [("ddp", "fsdp2"), ("fsdp2_full", "single"), ("single", "fsdp2")])
+def test_another_strategy_resumes(before, after, tmp_path):
+    count = {"single": 1}
+    run(WORKER, "train", before, "Adam", tmp_path, processes=count.get(before, 2))
+    path = tmp_path / "step=4.ckpt"
+    run(WORKER, "resume", after, "Adam", path, processes=count.get(after, 2))
+    assert close(loaded(tmp_path / "step=4-resumed.ckpt"), loaded(tmp_path / "end.ckpt"), 1e-12)
