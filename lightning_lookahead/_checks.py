@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch.optim import Optimizer
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 VERSION = 1
 """Version of what a checkpoint holds of ours, raised when an older reader would get it wrong."""
@@ -45,6 +48,24 @@ def check_optimizer(optimizer: object) -> None:
         message = (
             f"optimizer is a {type(optimizer).__name__}, which is Lookahead itself: it would pull back twice. Give the"
             " optimizer inside it."
+        )
+        raise ValueError(message)
+
+
+def check_sharded_options(**options: bool) -> None:
+    """Raise if an option is set that looks at all of the weights, where each rank has a piece of them only."""
+    for name, value in options.items():
+        if value:
+            message = f"{name}=True does not work with a strategy that shards the weights: leave it out."
+            raise ValueError(message)
+
+
+def check_materialized(parameters: list[Tensor]) -> None:
+    """Raise if a parameter has no values yet."""
+    if any(parameter.is_meta for parameter in parameters):
+        message = (
+            "optimizer has parameters on the meta device, which have no values for phi to start from: materialize them"
+            " (to_empty() and a loaded or initialized state) before SlowWeights is made."
         )
         raise ValueError(message)
 

@@ -15,6 +15,7 @@ from lightning_lookahead._checks import (
     check_alpha,
     check_k,
     check_optimizer,
+    check_sharded_options,
     check_version,
     check_weights,
     warn_of_differences,
@@ -29,6 +30,7 @@ from lightning_lookahead._lightning import (
     is_a,
     join_packages,
 )
+from lightning_lookahead._ranks import check_ranks
 from lightning_lookahead._sharding import detach_aliases
 from lightning_lookahead.checkpointing import Weights, carried_in, replace_aliases
 from lightning_lookahead.slow_weights import SlowWeights, parameters_of
@@ -56,6 +58,8 @@ class LookaheadCallback(Callback):
         pullback_momentum: What a sync does to the inner optimizer's momentum: ``"none"`` leaves it alone.
         log_syncs: Log ``lookahead/syncs``, the syncs done so far, to the progress bar and loggers.
         log_distance: Log ``lookahead/distance``, how far theta and phi were apart just before a sync (Euclidean).
+        check_ranks: After each sync, compare the weights of all ranks (DDP) and raise if one has drifted: one checksum
+            of the weights and one small collective for each sync. Off, a sync issues no collective.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -82,6 +86,7 @@ class LookaheadCallback(Callback):
         pullback_momentum: Literal["none"] = "none",
         log_syncs: bool = True,  # noqa: FBT001, FBT002 (YAML and the command line name every argument)
         log_distance: bool = False,  # noqa: FBT001, FBT002
+        check_ranks: bool = False,  # noqa: FBT001, FBT002
     ) -> None:
         join_packages(LookaheadCallback)
         super().__init__()
@@ -97,6 +102,7 @@ class LookaheadCallback(Callback):
         self.pullback_momentum = pullback_momentum
         self.log_syncs = log_syncs
         self.log_distance = log_distance
+        self.check_ranks = check_ranks
         self.slow_weights: list[SlowWeights] = []
         """One for each optimizer, from the start of a fit until the next fit starts."""
         self._tied: list[
@@ -144,6 +150,8 @@ class LookaheadCallback(Callback):
             )
             for optimizer in optimizers
         ]
+        if any(slow.sharded for slow in self.slow_weights):
+            check_sharded_options(log_distance=self.log_distance, check_ranks=self.check_ranks)
         self._load_counters()
         self._attach(trainer.strategy)
 
@@ -176,6 +184,9 @@ class LookaheadCallback(Callback):
                 slow.sync()
             if slow.syncs != self._logged[index]:
                 self._logged[index] = slow.syncs
+                if self.check_ranks and trainer.world_size > 1:
+                    names = _names(pl_module)
+                    check_ranks({names.get(p, ["(of another module)"])[0]: p for p in slow.values("fast")})
                 self._log(trainer, pl_module, slow, f"/{index}" if len(self.slow_weights) > 1 else "")
 
     def _log(self, trainer: Trainer, pl_module: LightningModule, slow: SlowWeights, suffix: str) -> None:

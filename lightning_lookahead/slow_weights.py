@@ -10,6 +10,7 @@ from lightning_lookahead._checks import (
     check_alpha,
     check_counters,
     check_k,
+    check_materialized,
     check_optimizer,
     check_weights,
     warn_of_differences,
@@ -88,6 +89,7 @@ class SlowWeights:
         check_k(k)
         check_alpha(alpha)
         check_optimizer(optimizer)
+        check_materialized(parameters_of(optimizer))
         sharded = is_sharded(module, parameters_of(optimizer))
         if sharded and module is None:
             message = "optimizer has sharded parameters: give the module that they belong to, too, as module=."

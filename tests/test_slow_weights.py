@@ -318,7 +318,8 @@ def test_the_counters_saved_are_right_when_the_last_step_was_skipped(fused):
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
-    assert slow.state_dict() == {"k": 5, "alpha": 0.5, "steps": 1, "steps_since_sync": 1, "syncs": 0}
+    counters = {"k": 5, "alpha": 0.5, "steps": 1, "steps_since_sync": 1, "syncs": 0}
+    assert slow.state_dict() == {**counters, "checksums": slow.state_dict()["checksums"]}
 
 
 # -- either set of weights
@@ -500,9 +501,10 @@ def test_weights_changed_while_loading_are_what_training_goes_on_with():
     problem.step(0)
     with slow.use("slow"):
         model_state = copy.deepcopy(problem.net.state_dict())
-    state = problem.optimizer.state_dict()
+    state, counters = problem.optimizer.state_dict(), slow.state_dict()
     resumed = Problem()
     again = SlowWeights(resumed.optimizer, k=5, model_weights="slow")
+    again.load_state_dict(counters)
     model_state["0.weight"] *= 2
     resumed.net.load_state_dict(model_state)
     resumed.optimizer.load_state_dict(state)
@@ -553,6 +555,33 @@ def test_other_settings_in_a_checkpoint_give_way_with_one_warning():
         slow.load_state_dict(saved)
     assert len(caught) == 1
     assert (slow.k, slow.alpha) == (3, 0.8)
+
+
+def test_the_step_that_distributed_checkpoints_rehearse_with_does_not_count():
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict  # noqa: PLC0415
+
+    problem = Problem(torch.optim.SGD)  # without momentum: its state stays empty, so that every save rehearses
+    fired = []
+    problem.optimizer.register_step_post_hook(lambda *_: fired.append(1))
+    slow = SlowWeights(problem.optimizer, k=2)
+    for index in range(3):
+        problem.step(index)
+        problem.optimizer.zero_grad()
+        with slow.use("slow"):
+            get_optimizer_state_dict(problem.net, problem.optimizer)
+        get_optimizer_state_dict(problem.net, problem.optimizer)
+    assert len(fired) > 3, "torch no longer rehearses: this test shows nothing"
+    assert (slow.steps, slow.syncs) == (3, 1)
+    reference = Problem(torch.optim.SGD)
+    lookahead(reference.parameters, reference.step, k=2, alpha=0.5, steps=3)
+    assert equal(problem.parameters, reference.parameters)
+
+
+def test_a_real_step_with_a_learning_rate_of_zero_counts():
+    problem = Problem(torch.optim.Adam, lr=0.0)
+    slow = SlowWeights(problem.optimizer, k=5)
+    problem.step(0)
+    assert slow.steps == 1
 
 
 # -- copies, hooks
@@ -666,6 +695,8 @@ def test_optimizers_that_cannot_be_looked_ahead_with_are_refused():
     class ZeroRedundancyOptimizer(torch.optim.SGD):
         pass
 
+    with pytest.raises(ValueError, match="meta device"):
+        SlowWeights(torch.optim.SGD(nn.Linear(2, 2, device="meta").parameters()))
     for refused, reason in ((Lookahead, "pull back twice"), (ZeroRedundancyOptimizer, "cannot carry")):
         with pytest.raises(ValueError, match=reason):
             SlowWeights(refused([nn.Parameter(torch.ones(1))]))

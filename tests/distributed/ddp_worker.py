@@ -55,7 +55,30 @@ class Agreeing(Callback):
             agree(tensor.detach() for slow in self.lookahead.slow_weights for tensor in slow.values(weights).values())
 
 
+class Poison(Callback):
+    """Changes one weight on one rank."""
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.global_step == 4 and trainer.global_rank == 1:
+            with torch.no_grad():
+                pl_module.net[2].weight[0, 0] += 1e-9
+
+
+def drift(*, check_ranks):
+    callback = LookaheadCallback(k=3, check_ranks=check_ranks)
+    trainer = make_trainer(Poison(), callback, max_steps=8, strategy="ddp", devices=2, use_distributed_sampler=False)
+    trainer.fit(Ranked())
+
+
 def main():
+    drift(check_ranks=False)
+    try:
+        drift(check_ranks=True)
+    except RuntimeError as error:
+        assert "'net.2.weight' differs between ranks" in str(error), error  # noqa: PT017
+    else:
+        message = "the drift was not noticed"
+        raise AssertionError(message)
     callback, counting, module = LookaheadCallback(k=3, log_distance=True), Counting(), Ranked()
     trainer = make_trainer(
         callback, counting, Agreeing(callback), max_steps=8, strategy="ddp", devices=2, limit_val_batches=1
