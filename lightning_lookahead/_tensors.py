@@ -66,6 +66,7 @@ def exchange_(left: Collection[Tensor], right: Collection[Tensor]) -> None:
             except BaseException:
                 a.copy_(values)
                 raise
+            del values  # before the next one is made: there is never more than one
             done += 1
     except BaseException:  # out of memory, say: half-exchanged weights would be neither set
         exchange_(left[:done], right[:done])

@@ -1,9 +1,11 @@
+import weakref
 from fractions import Fraction
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_lookahead import _tensors
 
@@ -40,6 +42,37 @@ def test_exchange_moves_values_and_nothing_else():
     _tensors.exchange_(left, right)
     assert [tensor.item() for tensor in left + right] == [3, 4, 1, 2]
     assert [tensor.data_ptr() for tensor in left + right] == pointers
+
+
+class Live(TorchDispatchMode):
+    """The most bytes alive at once in tensors made while it is on."""
+
+    def __init__(self):
+        super().__init__()
+        self.made, self.peak = [], 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and not any(result is argument for argument in args):
+            self.made.append(weakref.ref(result))
+        alive = {
+            t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+            for t in (r() for r in self.made)
+            if t is not None
+        }
+        self.peak = max(self.peak, sum(alive.values()))
+        return result
+
+
+def test_an_exchange_needs_one_tensor_more_and_a_sync_none():
+    left, right = [torch.zeros(100) for _ in range(4)], [torch.ones(100) for _ in range(4)]
+    with Live() as live:
+        _tensors.exchange_(left, right)
+    assert live.peak == left[0].nbytes
+    with Live() as live:
+        _tensors.interpolate_(left, right, 0.5)
+        _tensors.copy_(right, left)
+    assert live.peak == 0
 
 
 @pytest.mark.parametrize("fails_at", range(9))

@@ -8,35 +8,12 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch.distributed as dist
+from collectives import Counting
 from lightning.pytorch import Callback
 from resume_worker import Ranked
 from runs import both, equal, leave, make_trainer
-from torch.profiler import ProfilerActivity, profile
 
-from lightning_lookahead import LookaheadCallback, SlowWeights
-
-
-def collectives(call):
-    """Names of the collectives that ``call`` issues, from Python or from C++."""
-    with profile(activities=[ProfilerActivity.CPU]) as seen:
-        call()
-    return [event.key for event in seen.key_averages() if "gloo:" in event.key or "c10d::" in event.key]
-
-
-class Counting(Callback):
-    def __init__(self):
-        self.syncs = 0
-
-    def on_fit_start(self, trainer, pl_module):
-        assert collectives(lambda: dist.all_reduce(torch.ones(1))), "the profiler no longer shows collectives"
-        original = SlowWeights.sync
-
-        def sync(slow):
-            found = collectives(lambda: original(slow))
-            assert not found, f"a sync issued {found}"
-            self.syncs += 1
-
-        SlowWeights.sync = sync
+from lightning_lookahead import LookaheadCallback
 
 
 def agree(tensors):

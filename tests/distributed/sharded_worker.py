@@ -16,7 +16,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 from runs import Regression, inputs, leave, make_trainer
 from torch import nn
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from lightning_lookahead import LookaheadCallback
@@ -49,14 +50,15 @@ class Net(nn.Sequential):
 
 class Sharded(Regression):
     def __init__(self, optimizer, kind):
-        super().__init__(optimizer, lr=0.05, batches=4)
+        settings = {"momentum": 0.0} if kind == "fsdp2_plain" else {}  # with no momentum SGD keeps no state
+        super().__init__(optimizer, lr=0.05, batches=4, **settings)
         self.kind = kind
         torch.manual_seed(5)
         if kind.startswith("tp"):  # tensor parallelism wants sizes that can be divided, and weights that are not tied
             self.net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 5))
         else:
             self.net = Net(frozen=kind != "fsdp1_flat")
-        self.net.to(torch.float32 if "fsdp1" in kind else torch.float64)
+        self.net.to(torch.float32 if "fsdp1" in kind or "bf16" in kind else torch.float64)
 
     def forward(self, x):
         return self.net(x)
@@ -65,10 +67,13 @@ class Sharded(Regression):
         return (self(inputs(step).to(self.net[0].weight.dtype)) - 1).square().mean()
 
     def configure_model(self):
+        policy = (
+            MixedPrecisionPolicy(param_dtype=torch.bfloat16) if self.kind == "fsdp2_bf16" else MixedPrecisionPolicy()
+        )
         if self.kind.startswith("fsdp2") and not hasattr(self.net, "set_requires_gradient_sync"):
             mesh = self.device_mesh if self.kind == "fsdp2_hsdp" else self.device_mesh["data_parallel"]
-            fully_shard(self.net[0], mesh=mesh)
-            fully_shard(self.net, mesh=mesh)
+            fully_shard(self.net[0], mesh=mesh, mp_policy=policy)
+            fully_shard(self.net, mesh=mesh, mp_policy=policy)
         if self.kind.startswith("tp"):
             plan = {"0": ColwiseParallel(), "2": RowwiseParallel()}
             parallelize_module(self.net, self.device_mesh["tensor_parallel"], plan)
@@ -94,11 +99,17 @@ def strategy_for(kind):
     return ModelParallelStrategy(*sizes, save_distributed_checkpoint="full" not in kind, process_group_backend="gloo")
 
 
+def local(tensor):
+    """The piece that this rank has."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def fit(kind, optimizer, *callbacks, steps=STEPS, ckpt_path=None, **settings):
     module, callback = Sharded(optimizer, kind), LookaheadCallback(k=K, alpha=0.5)
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+    nodes = int(os.environ.get("GROUP_WORLD_SIZE", "1"))
+    world = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     settings = {"limit_val_batches": 1, "val_check_interval": 2, "max_steps": steps, **settings}
-    parallel = {"strategy": strategy_for(kind), "devices": world} if kind != "single" else {}
+    parallel = {"strategy": strategy_for(kind), "devices": world, "num_nodes": nodes} if kind != "single" else {}
     trainer = make_trainer(callback, *callbacks, **parallel, use_distributed_sampler=False, **settings)
     trainer.fit(module, ckpt_path=ckpt_path)
     return trainer, module, callback

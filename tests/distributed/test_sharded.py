@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 from oracle import lookahead
 from runs import equal
 from sharded_worker import STEPS, K, Sharded
@@ -88,3 +89,33 @@ def test_another_strategy_resumes(before, after, tmp_path):
     path = tmp_path / "step=4.ckpt"
     run(WORKER, "resume", after, "Adam", path, processes=count.get(after, 2))
     assert close(loaded(tmp_path / "step=4-resumed.ckpt"), loaded(tmp_path / "end.ckpt"), 1e-12)
+
+
+@pytest.mark.parametrize("kind", ["fsdp1", "fsdp2", "tp"])
+def test_no_collective_at_a_sync_and_no_more_memory_than_a_shard(kind):
+    assert run(WORKER.with_name("sharded_laws_worker.py"), kind, processes=2).count("laws hold") == 2
+
+
+def test_fabric_resumes_sharded_slow_weights():
+    assert run(WORKER.with_name("fabric_worker.py"), processes=2).count("fabric resumed") == 2
+    expected = reference("fsdp2", "Adam")
+    trained = [name for name, parameter in Sharded("Adam", "fsdp2").named_parameters() if parameter.requires_grad]
+    for rank in range(2):
+        for weights, values in torch.load(f"fabric{rank}.pt", weights_only=True).items():
+            assert distance(dict(zip(trained, values, strict=True)), {n: expected[weights][n] for n in trained}) < 1e-12
+
+
+@pytest.mark.parametrize("kind", ["fsdp1", "fsdp2", "fsdp2_full"])
+def test_a_checkpoint_made_without_the_callback_starts_phi_from_its_weights(kind, tmp_path):
+    output = run(WORKER.with_name("foreign_worker.py"), kind, tmp_path / "foreign.ckpt", processes=2)
+    assert output.count("started from its weights") == 2
+
+
+def test_an_optimizer_without_state_and_mixed_precision(tmp_path):
+    for kind, processes in (("fsdp2_plain", 2), ("fsdp2_bf16", 2), ("fsdp2_bf16", 1)):
+        folder = tmp_path / f"{kind}{processes}"
+        run(WORKER, "train", kind, "SGD", folder, processes=processes)
+        run(WORKER, "resume", kind, "SGD", folder / "step=4.ckpt", processes=processes)
+        assert same(loaded(folder / "step=4-resumed.ckpt"), loaded(folder / "end.ckpt"))
+    assert close(loaded(tmp_path / "fsdp2_plain2" / "end.ckpt"), reference("fsdp2_plain", "SGD"), 1e-12)
+    assert close(loaded(tmp_path / "fsdp2_bf162" / "end.ckpt"), loaded(tmp_path / "fsdp2_bf161" / "end.ckpt"), 1e-6)

@@ -1,0 +1,70 @@
+"""Run by `test_sharded.py` under torchrun: `SlowWeights` in a Fabric loop with FSDP2, saved and resumed."""
+
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from lightning.fabric import Fabric
+from lightning.fabric.strategies import ModelParallelStrategy
+from runs import inputs, leave
+from sharded_worker import K, Net
+from torch.distributed.fsdp import fully_shard
+
+from lightning_lookahead import SlowWeights
+
+
+def parallelize(model, mesh):
+    fully_shard(model[0], mesh=mesh["data_parallel"])
+    return fully_shard(model, mesh=mesh["data_parallel"])
+
+
+def prepare(fabric):
+    torch.manual_seed(5)
+    net = fabric.setup_module(Net().to(torch.float64))
+    optimizer = fabric.setup_optimizers(torch.optim.Adam(net.parameters(), lr=0.05))
+    return net, optimizer, SlowWeights(optimizer, k=K, module=net)
+
+
+def train(fabric, net, optimizer, slow, steps):
+    for step in steps:
+        optimizer.zero_grad()
+        fabric.backward((net(inputs(step)) - 1).square().mean())
+        optimizer.step()
+        with torch.no_grad(), slow.use("slow"):
+            net(inputs(step))
+
+
+def full(slow, weights):
+    return [tensor.full_tensor() for tensor in slow.values(weights).values()]
+
+
+def main():
+    strategy = ModelParallelStrategy(parallelize, data_parallel_size=2, tensor_parallel_size=1)
+    fabric = Fabric(accelerator="cpu", devices=2, strategy=strategy)
+    fabric.launch()
+    net, optimizer, slow = prepare(fabric)
+    train(fabric, net, optimizer, slow, range(4))
+    fabric.save("fabric", {"net": net, "optimizer": optimizer, "slow": slow.state_dict()})
+    train(fabric, net, optimizer, slow, range(4, 8))
+
+    resumed = prepare(fabric)
+    again = resumed[2]
+    state = {"net": resumed[0], "optimizer": resumed[1], "slow": None}
+    fabric.load("fabric", state)
+    again.load_state_dict(state["slow"])
+    train(fabric, *resumed, range(4, 8))
+    for weights in ("slow", "fast"):
+        pairs = zip(full(slow, weights), full(again, weights), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs), f"{weights} weights differ after the resume"
+    assert (again.steps, again.syncs) == (8, 2)
+    torch.save({weights: full(slow, weights) for weights in ("slow", "fast")}, f"fabric{fabric.global_rank}.pt")
+    print("fabric resumed")  # noqa: T201
+    leave()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()

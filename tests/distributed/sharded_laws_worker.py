@@ -1,0 +1,58 @@
+"""Run by `test_sharded.py` under torchrun, with a KIND of `sharded_worker.py`: laws that need no second run."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from collectives import Counting
+from lightning.pytorch import Callback
+from runs import leave, make_trainer
+from sharded_worker import Sharded, fit, local, strategy_for
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+
+from lightning_lookahead import LookaheadCallback, SlowWeights
+
+
+class Memory(Callback):
+    """phi costs each rank what its shard of theta costs, and a swap moves no storage."""
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        ((slow,),) = (c.slow_weights for c in trainer.callbacks if isinstance(c, LookaheadCallback))
+        fast, phi = slow.values("fast"), slow.values("slow")
+        for parameter in fast:
+            assert local(phi[parameter]).untyped_storage().nbytes() == local(parameter).nbytes
+            assert local(phi[parameter]).data_ptr() != local(parameter).data_ptr() or not local(parameter).numel()
+        pointers = [local(parameter).data_ptr() for parameter in fast]
+        with slow.use("slow"):
+            assert [local(parameter).data_ptr() for parameter in fast] == pointers
+
+
+def sharded_parameter():
+    mesh = init_device_mesh("cpu", (2,))
+    return torch.nn.Parameter(distribute_tensor(torch.ones(4), mesh, [Shard(0)]))
+
+
+def main():
+    kind = sys.argv[1]
+    counting = Counting()
+    fit(kind, "SGD", counting, Memory())
+    assert counting.syncs == 2
+    for option in ("check_ranks", "log_distance"):
+        own = LookaheadCallback(**{option: True})
+        trainer = make_trainer(own, max_steps=1, strategy=strategy_for(kind), devices=2)
+        with pytest.raises(ValueError, match=f"{option}=True does not work with a strategy that shards"):
+            trainer.fit(Sharded("SGD", kind))
+    with pytest.raises(ValueError, match="sharded parameters: give the module"):
+        SlowWeights(torch.optim.SGD([sharded_parameter()]))
+    print("laws hold")  # noqa: T201
+    leave()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()

@@ -1,0 +1,54 @@
+"""Killed ranks and several nodes: what torchrun makes of them."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_resume import run
+from test_sharded import WORKER, close, loaded, reference, same
+
+ELASTIC = Path(__file__).with_name("elastic_worker.py")
+
+
+def torchrun(*arguments):
+    environment = {**os.environ, "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+
+
+@pytest.mark.parametrize("when", ["step", "save"])
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_a_killed_rank_is_started_again_from_the_last_whole_checkpoint(kind, when, tmp_path):
+    job = torchrun("--standalone", "--nproc-per-node=2", "--max-restarts=1", ELASTIC, kind, tmp_path, when)
+    output = job.communicate(timeout=200)[0]
+    assert job.returncode == 0, output[-4000:]
+    assert (tmp_path / "killed").exists()
+    assert "went on from step=4.ckpt" in output
+    (tmp_path / "whole").mkdir()
+    run(WORKER, "train", kind, "SGD", tmp_path / "whole", processes=2)
+    assert same(loaded(tmp_path / "end.ckpt"), loaded(tmp_path / "whole" / "end.ckpt"))
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def on_two_nodes(*arguments):
+    rendezvous = ("--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{free_port()}", "--rdzv-id=two")
+    nodes = [torchrun("--nnodes=2", "--nproc-per-node=1", *rendezvous, *arguments) for _ in range(2)]
+    for node in nodes:
+        output = node.communicate(timeout=200)[0]
+        assert node.returncode == 0, output[-4000:]
+
+
+def test_two_nodes_train_and_resume(tmp_path):
+    on_two_nodes(WORKER, "train", "fsdp2", "SGD", tmp_path)
+    on_two_nodes(WORKER, "resume", "fsdp2", "SGD", tmp_path / "step=4.ckpt")
+    end = loaded(tmp_path / "end.ckpt")
+    assert close(end, reference("fsdp2", "SGD"), 1e-12)
+    assert same(loaded(tmp_path / "step=4-resumed.ckpt"), end)
