@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import math
+import operator
 import warnings
-from typing import TYPE_CHECKING, Any
+from numbers import Real
+from typing import TYPE_CHECKING, Any, SupportsIndex
 
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 if TYPE_CHECKING:
@@ -15,23 +17,25 @@ VERSION = 1
 """Version of what a checkpoint holds of ours, raised when an older reader would get it wrong."""
 
 
-def check_k(k: int) -> None:
-    """Raise unless ``k`` is an integer of at least 1."""
-    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
+def check_k(k: SupportsIndex) -> int:
+    """Return ``k`` as an int; raise unless it is an integer of at least 1."""
+    if isinstance(k, bool) or not hasattr(k, "__index__") or operator.index(k) < 1:
         message = f"k={k!r} is out of range: the inner steps between two syncs must be an integer of at least 1."
         raise ValueError(message)
+    return operator.index(k)
 
 
-def check_alpha(alpha: float) -> None:
-    """Raise unless ``alpha`` is a finite number in (0, 1]."""
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not (math.isfinite(alpha) and 0 < alpha <= 1):
+def check_alpha(alpha: float) -> float:
+    """Return ``alpha`` as a float; raise unless it is a number in (0, 1]."""
+    if isinstance(alpha, bool) or not isinstance(alpha, Real) or not 0 < alpha <= 1:
         message = f"alpha={alpha!r} is out of range: the slow weights step size must be a number in (0, 1]."
         raise ValueError(message)
+    return float(alpha)
 
 
 def check_weights(weights: str, argument: str = "weights") -> None:
     """Raise unless ``weights`` is ``"slow"`` or ``"fast"``."""
-    if weights not in {"slow", "fast"}:
+    if weights not in ("slow", "fast"):
         message = f"{argument}={weights!r} is unknown: give 'slow' (phi) or 'fast' (theta)."
         raise ValueError(message)
 
@@ -62,31 +66,45 @@ def check_sharded_options(**options: bool) -> None:
 
 def check_materialized(parameters: list[Tensor]) -> None:
     """Raise if a parameter has no values yet."""
-    if any(parameter.is_meta for parameter in parameters):
+    if any(parameter.is_meta or is_lazy(parameter) for parameter in parameters):
         message = (
-            "optimizer has parameters on the meta device, which have no values for phi to start from: materialize them"
-            " (to_empty() and a loaded or initialized state) before SlowWeights is made."
+            "optimizer has parameters without values (on the meta device, or of a lazy module), which phi could start"
+            " from: materialize them before training starts, a lazy module by running a batch through it."
         )
         raise ValueError(message)
 
 
-def check_version(version: object, where: object = "The checkpoint") -> None:
-    """Raise unless this version of the package can read what was saved."""
-    if version != VERSION:
-        message = (
-            f"{where} has Lookahead state of version {version!r}; this package reads version {VERSION}. Take the"
-            " version of lightning-lookahead that saved it, or a newer one."
-        )
-        raise ValueError(message)
-
-
-def check_counters(counters: dict[str, Any]) -> None:
-    """Raise unless the saved counters of inner steps and syncs are natural numbers."""
+def check_counters(counters: object) -> None:
+    """Raise unless the saved counters of inner steps and syncs are natural numbers that fit together."""
+    if not isinstance(counters, dict):
+        message = f"The saved counters are {counters!r}; they must be a dict of steps, steps_since_sync and syncs."
+        raise ValueError(message)  # noqa: TRY004 (it comes from a file)
     for name in ("steps", "steps_since_sync", "syncs"):
         value = counters.get(name)
         if isinstance(value, bool) or not isinstance(value, int) or value < 0:
             message = f"state_dict[{name!r}] is {value!r}; it must be an integer of at least 0."
             raise ValueError(message)
+    since, total = counters["steps_since_sync"], counters["steps"]
+    if since > total:
+        message = f"state_dict has steps_since_sync={since} and steps={total}; it cannot be more."
+        raise ValueError(message)
+
+
+def check_saved(state: object, where: object = "The checkpoint") -> None:
+    """Raise unless this is what a callback of this version has saved."""
+    version = state.get("lookahead_version") if isinstance(state, dict) else None
+    if not isinstance(state, dict) or version != VERSION:
+        message = (
+            f"{where} has Lookahead state of version {version!r}; this package reads version {VERSION}. Take the"
+            " version of lightning-lookahead that saved it, or a newer one."
+        )
+        raise ValueError(message)
+    if not isinstance(state.get("optimizers"), list):
+        message = f"{where} has damaged Lookahead state: its counters ('optimizers') are missing."
+        raise ValueError(message)  # noqa: TRY004 (it comes from a file)
+    for counters in state["optimizers"]:
+        check_counters(counters)
+    check_weights(state.get("eval_weights", "(missing)"), f"{where}: eval_weights")
 
 
 def warn_of_differences(saved: dict[str, Any], own: dict[str, Any]) -> None:

@@ -1,7 +1,7 @@
 """Arithmetic over lists of tensors, in place: the only file that knows how torch batches it.
 
-Every function takes lists of equal length whose tensors match pairwise in shape, dtype and placement, works under
-``no_grad``, and issues no collective and no host synchronisation: of a sharded tensor it sees this rank's piece.
+Those that move values take lists of equal length whose tensors match pairwise in shape, dtype and placement, work under
+``no_grad``, and issue no collective and no host synchronisation: of a sharded tensor they see this rank's piece.
 """
 
 from __future__ import annotations
@@ -21,6 +21,12 @@ if TYPE_CHECKING:
 def local(tensors: Iterable[Tensor]) -> list[Tensor]:
     """The pieces that this rank has: foreach operations know no DTensors."""
     return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
+
+
+def place(tensor: Tensor) -> tuple[object, ...]:
+    """Where a tensor's values lie: equal for two tensors of the same storage, shape and strides."""
+    (piece,) = local([tensor])
+    return (piece.data_ptr(), piece.shape, piece.stride()) if piece.numel() else (id(tensor),)
 
 
 @torch.inference_mode(mode=False)
@@ -78,9 +84,14 @@ def distance(left: Collection[Tensor], right: Collection[Tensor]) -> Tensor:
     """Euclidean distance between two lists seen as two long vectors: a 0-dim tensor on the first one's device."""
     if not left:
         return torch.tensor(0.0)
-    norms = [torch.linalg.vector_norm(a - b) for a, b in zip(local(left), local(right), strict=True)]
+    norms = [_norm(a - b) for a, b in zip(local(left), local(right), strict=True)]
     total: Tensor = torch.linalg.vector_norm(torch.stack([norm.to(norms[0]) for norm in norms]))
     return total
+
+
+def _norm(tensor: Tensor) -> Tensor:
+    norm: Tensor = torch.linalg.vector_norm(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32))
+    return norm
 
 
 def checksum(tensor: Tensor) -> int:

@@ -15,8 +15,8 @@ from lightning_lookahead._checks import (
     check_alpha,
     check_k,
     check_optimizer,
+    check_saved,
     check_sharded_options,
-    check_version,
     check_weights,
     warn_of_differences,
 )
@@ -32,6 +32,7 @@ from lightning_lookahead._lightning import (
 )
 from lightning_lookahead._ranks import check_ranks
 from lightning_lookahead._sharding import detach_aliases
+from lightning_lookahead._tensors import copies
 from lightning_lookahead.checkpointing import Weights, carried_in, replace_aliases
 from lightning_lookahead.slow_weights import SlowWeights, parameters_of
 
@@ -90,14 +91,12 @@ class LookaheadCallback(Callback):
     ) -> None:
         join_packages(LookaheadCallback)
         super().__init__()
-        check_k(k)
-        check_alpha(alpha)
         check_weights(eval_weights, "eval_weights")
         if pullback_momentum != "none":
             message = f"pullback_momentum={pullback_momentum!r} is unknown: give 'none'."
             raise ValueError(message)
-        self.k = k
-        self.alpha = alpha
+        self.k = check_k(k)
+        self.alpha = check_alpha(alpha)
         self.eval_weights: Weights = eval_weights
         self.pullback_momentum = pullback_momentum
         self.log_syncs = log_syncs
@@ -110,6 +109,7 @@ class LookaheadCallback(Callback):
         ] = []  # names of the same parameter, as they were before a strategy wrapped the module
         self._logged: list[int] = []  # syncs that were logged, for each optimizer
         self._restored: list[dict[str, Any]] = []  # counters from a checkpoint, until there are optimizers to count for
+        self._before_loading: dict[str, Tensor] = {}  # the module's state, while a checkpoint is loaded over it
         self._foreign = False  # the checkpoint was made without us
 
     # -- one fit
@@ -123,6 +123,8 @@ class LookaheadCallback(Callback):
             slow.close()
         self.slow_weights, self._restored, self._foreign = [], [], False
         self._tied = [names for names in _names(pl_module).values() if len(names) > 1]
+        strategy = trainer.strategy
+        strategy.load_checkpoint = functools.partial(self._load_checkpoint, strategy)  # type: ignore[method-assign]
         # First, so that every other callback finds the weights that validation and the end of training are about:
         # pruning masks them, averaging replaces them. Only the tuners stay ahead, as Lightning sorts them.
         others = [callback for callback in callbacks_of(trainer) if callback is not self]
@@ -153,18 +155,12 @@ class LookaheadCallback(Callback):
         if any(slow.sharded for slow in self.slow_weights):
             check_sharded_options(log_distance=self.log_distance, check_ranks=self.check_ranks)
         self._load_counters()
-        self._attach(trainer.strategy)
-
-    def _attach(self, strategy: Strategy) -> None:
-        # Lightning asks the strategy, once, for the weights of every checkpoint; with save_weights_only=True no hook of
-        # a callback is called. A partial, unlike a closure, leaves the strategy picklable.
         if self.eval_weights == "slow":
+            # Lightning asks the strategy, once, for the weights of every checkpoint; with save_weights_only=True no
+            # hook of a callback is called. A partial, unlike a closure, leaves the strategy picklable.
+            strategy = trainer.strategy
             strategy.lightning_module_state_dict = functools.partial(  # type: ignore[method-assign]
                 self._slow_state_dict, strategy
-            )
-        if strategy.restore_checkpoint_after_setup:
-            strategy.load_checkpoint = functools.partial(  # type: ignore[method-assign]
-                self._load_checkpoint, strategy
             )
 
     @override
@@ -174,6 +170,7 @@ class LookaheadCallback(Callback):
             if slow.due:  # the checkpoint was saved after the k-th step and before its on_train_batch_end
                 slow.sync()
         self._logged = [slow.syncs for slow in self.slow_weights]
+        self._before_loading = {}
 
     @override
     def on_train_batch_end(
@@ -208,30 +205,36 @@ class LookaheadCallback(Callback):
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        if trainer.state.fn == "fit":
-            for slow in self.slow_weights:
-                slow.put("fast")
-                slow.stop()
+        for slow in self._counting():
+            slow.put("fast")
+            slow.stop()
+        if self._before_loading:
+            pl_module.load_state_dict(self._before_loading)
+            self._before_loading = {}
 
     def _finish(self, trainer: Trainer) -> None:
-        for slow in self.slow_weights:
+        for slow in self._counting():
             if not any(is_a(callback, AVERAGERS) for callback in callbacks_of(trainer)):
                 slow.put(self.eval_weights)
             slow.stop()
+        for slow in self.slow_weights:
+            slow.put(slow.holds)  # after on_train_end Lightning has moved the module to the CPU: follow it
+
+    def _counting(self) -> list[SlowWeights]:
+        """Those of a fit that is under way: none before it, after it or after an exception in it."""
+        return [slow for slow in self.slow_weights if slow.counting]
 
     # -- either set of weights
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.state.fn == "fit":
-            for slow in self.slow_weights:
-                slow.put(self.eval_weights)
+        for slow in self._counting():
+            slow.put(self.eval_weights)
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.state.fn == "fit":
-            for slow in self.slow_weights:
-                slow.put("fast")
+        for slow in self._counting():
+            slow.put("fast")
 
     @contextmanager
     def use_weights(self, weights: Weights) -> Iterator[None]:
@@ -242,11 +245,14 @@ class LookaheadCallback(Callback):
 
         Raises:
             ValueError: If ``weights`` is neither.
-            RuntimeError: If no fit was started yet.
+            RuntimeError: If this process has started no fit.
         """
         check_weights(weights)
         if not self.slow_weights:
-            message = "There is only one set of weights yet: use_weights() works from the start of a fit on."
+            message = (
+                "There is one set of weights only: use_weights() works from the start of a fit on, in the process that"
+                " trains (strategies that spawn or fork bring back phi alone)."
+            )
             raise RuntimeError(message)
         with ExitStack() as stack:
             for slow in self.slow_weights:
@@ -258,6 +264,8 @@ class LookaheadCallback(Callback):
     def _slow_state_dict(self, strategy: Strategy) -> dict[str, Any]:
         """What ``strategy.lightning_module_state_dict()`` returns during a fit and after it: phi, swapped or not."""
         original = functools.partial(type(strategy).lightning_module_state_dict, strategy)
+        if not self._serves(strategy.optimizers):  # the strategy has gone on to another fit, without this callback
+            return original()
         if not any(slow.sharded for slow in self.slow_weights):
             state_dict = original()
             replacements = {
@@ -275,17 +283,30 @@ class LookaheadCallback(Callback):
         return state_dict
 
     def _load_checkpoint(self, strategy: Strategy, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """What ``strategy.load_checkpoint()`` returns, when it loads optimizers in place."""
+        """What ``strategy.load_checkpoint()`` returns; our part of it is checked before anything is loaded from it."""
+        original = functools.partial(type(strategy).load_checkpoint, strategy)
+        if not strategy.restore_checkpoint_after_setup:
+            if strategy.lightning_module is not None:
+                state_dict = strategy.lightning_module.state_dict()
+                self._before_loading = dict(zip(state_dict, copies(state_dict.values()), strict=True))
+            checkpoint = original(path, *args, **kwargs)
+            if isinstance(checkpoint.get("callbacks"), dict) and self.state_key in checkpoint["callbacks"]:
+                check_saved(checkpoint["callbacks"][self.state_key])
+            return checkpoint
+        # These strategies load the optimizers here, too, and in place.
         carried = carried_in(strategy.broadcast(path))
         with ExitStack() as stack:
             for slow in self.slow_weights:
                 stack.enter_context(slow.expecting(carried))
-            return type(strategy).load_checkpoint(strategy, path, *args, **kwargs)
+            return original(path, *args, **kwargs)
+
+    def _serves(self, optimizers: list[Any]) -> bool:
+        return [id(slow.optimizer) for slow in self.slow_weights] == [id(optimizer) for optimizer in optimizers]
 
     @override
     def state_dict(self) -> dict[str, Any]:
         """Settings and counters, without tensors: the weights travel in the module's and the optimizers' states."""
-        counters = [slow.state_dict() for slow in self.slow_weights] or self._restored
+        counters = [slow.state_dict() for slow in self.slow_weights]
         return {
             "lookahead_version": VERSION,
             **self._settings(),
@@ -306,6 +327,8 @@ class LookaheadCallback(Callback):
         state = checkpoint["callbacks"][self.state_key]
         state["names"] = [[names.get(p, []) for p in parameters_of(optimizer)] for optimizer in trainer.optimizers]
         state["tied"] = self._tied
+        if self.slow_weights and not self._serves(trainer.optimizers):  # the counters are of another fit
+            state["optimizers"] = []
 
     @override
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -320,7 +343,7 @@ class LookaheadCallback(Callback):
             self._foreign = True
             self._load_counters()
             return
-        check_version(saved.get("lookahead_version"))
+        check_saved(saved)
         warn_of_differences(saved, self._settings())
         self._restored = saved["optimizers"]
         self._load_counters()

@@ -16,7 +16,8 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as load_shards
 
-from lightning_lookahead._checks import check_version, check_weights
+from lightning_lookahead._checks import check_saved, check_weights
+from lightning_lookahead._tensors import place
 
 if TYPE_CHECKING:
     import os
@@ -50,9 +51,10 @@ class Carried:
         for name, weights in _CARRIED.items():
             if name not in own:
                 continue
-            if own[name].shape != parameter.shape:
+            shape = tuple(getattr(own[name], "shape", ["no tensor"]))
+            if shape != tuple(parameter.shape):
                 message = (
-                    f"The checkpoint has {weights} weights of shape {tuple(own[name].shape)} for a parameter of shape"
+                    f"The checkpoint has {weights} weights of shape {shape} for a parameter of shape"
                     f" {tuple(parameter.shape)}: it is of another model. Load it into the model that it was saved"
                     " from, or start a new run from its weights alone."
                 )
@@ -126,7 +128,7 @@ def replace_aliases(state_dict: dict[str, Any], replacements: Mapping[Tensor, Te
     missing = set(by_pointer)
     for name, value in state_dict.items():
         parameter = by_pointer.get(value.data_ptr()) if isinstance(value, torch.Tensor) else None
-        if parameter is not None and value.shape == parameter.shape and value.dtype == parameter.dtype:
+        if parameter is not None and place(value) == place(parameter) and value.dtype == parameter.dtype:
             state_dict[name] = replacements[parameter].detach()
             missing.discard(parameter.data_ptr())
     return not missing
@@ -175,19 +177,28 @@ def load_weights(
     state_dict = dict(checkpoint["state_dict"])
     if weights != saved["eval_weights"]:
         for optimizer_state, names in zip(checkpoint["optimizer_states"], saved["names"], strict=True):
-            state_dict.update(_others(optimizer_state, [*names, *saved["tied"]], f"lookahead_{weights}"))
+            for aliases, value in _others(optimizer_state, [*names, *saved["tied"]], f"lookahead_{weights}"):
+                known = [name for name in aliases if name in state_dict]
+                if not known:
+                    message = (
+                        f"{path} has {weights} weights of {aliases or ['a parameter without a name']}, but its"
+                        " 'state_dict' has no such name: the module saves its weights under names of its own. Load the"
+                        f" checkpoint in a Trainer and take callback.use_weights({weights!r})."
+                    )
+                    raise ValueError(message)
+                state_dict.update(dict.fromkeys(known, value))
     return {name.replace("_orig_mod.", ""): value for name, value in state_dict.items()}
 
 
-def _others(optimizer_state: dict[str, Any], names: list[list[str]], entry: str) -> dict[str, Tensor]:
-    """The set that an optimizer's state carries, by all names of each parameter."""
+def _others(optimizer_state: dict[str, Any], names: list[list[str]], entry: str) -> Iterator[tuple[list[str], Tensor]]:
+    """The set that an optimizer's state carries: all names of each parameter, and its value."""
     state = optimizer_state["state"]
     if "param_groups" in optimizer_state:
         keys = [key for group in optimizer_state["param_groups"] for key in group["params"]]
         aliases = dict(zip(keys, names, strict=False))
     else:  # shards name the parameters, each by one of its names
         aliases = {name: own for own in names for name in own}
-    return {name: own[entry] for key, own in state.items() if entry in own for name in aliases.get(key, [key])}
+    return ((aliases.get(key, [key]), own[entry]) for key, own in state.items() if entry in own)
 
 
 def _read_shards(path: Path, *, weights_only: bool) -> dict[str, Any]:
@@ -216,13 +227,14 @@ def _read_shards(path: Path, *, weights_only: bool) -> dict[str, Any]:
 
 
 def _read(path: str | os.PathLike[str], *, weights_only: bool) -> dict[str, Any]:
+    if not Path(path).exists():
+        message = f"{path} does not exist."
+        raise FileNotFoundError(message)
     try:
         if Path(path).is_dir():
             checkpoint = _read_shards(Path(path), weights_only=weights_only)
         else:
             checkpoint = torch.load(path, map_location="cpu", weights_only=weights_only)
-    except FileNotFoundError:
-        raise
     except Exception as error:
         hint = "it holds objects other than tensors, or it is cut short or damaged" if weights_only else "is it whole?"
         message = (
@@ -239,8 +251,8 @@ def _read(path: str | os.PathLike[str], *, weights_only: bool) -> dict[str, Any]
 def _callback_state(checkpoint: dict[str, Any], path: str | os.PathLike[str]) -> dict[str, Any]:
     for state in checkpoint.get("callbacks", {}).values():
         if isinstance(state, dict) and "lookahead_version" in state:
-            check_version(state["lookahead_version"], path)
-            if state["optimizers"]:
+            check_saved(state, path)
+            if state["optimizers"] and "names" in state and "optimizer_states" in checkpoint:
                 return state
     message = (
         f"{path} holds one set of weights and does not say which: it was saved without LookaheadCallback, before"

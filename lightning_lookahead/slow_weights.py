@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import warnings
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,7 +18,7 @@ from lightning_lookahead._checks import (
 )
 from lightning_lookahead._inner_steps import InnerSteps, is_rehearsal
 from lightning_lookahead._sharding import is_sharded, reshard
-from lightning_lookahead._tensors import checksum, copies, copy_, distance, exchange_, interpolate_
+from lightning_lookahead._tensors import checksum, copies, copy_, distance, exchange_, interpolate_, place
 from lightning_lookahead.checkpointing import OTHER, Carried, Weights, adopt, fits, pack, unpack
 
 if TYPE_CHECKING:
@@ -57,8 +58,8 @@ class SlowWeights:
 
     Raises:
         TypeError: If ``optimizer`` is not a torch optimizer.
-        ValueError: If ``k`` or ``alpha`` is out of range, the optimizer trains no parameter, or it is itself a
-            Lookahead wrapper.
+        ValueError: If ``k`` or ``alpha`` is out of range, the optimizer trains no parameter, has parameters without
+            values, has slow weights already, or is itself a Lookahead wrapper.
 
     Example:
         >>> import torch
@@ -86,16 +87,19 @@ class SlowWeights:
         model_weights: Weights | None = None,
         measure_distance: bool = False,
     ) -> None:
-        check_k(k)
-        check_alpha(alpha)
         check_optimizer(optimizer)
+        if model_weights is not None:
+            check_weights(model_weights, "model_weights")
+        if any(isinstance(getattr(hook, "__self__", None), SlowWeights) for hook in _state_hooks_of(optimizer)):
+            message = "optimizer has slow weights already, which would pull back twice: close() those first."
+            raise ValueError(message)
         check_materialized(parameters_of(optimizer))
         sharded = is_sharded(module, parameters_of(optimizer))
         if sharded and module is None:
             message = "optimizer has sharded parameters: give the module that they belong to, too, as module=."
             raise ValueError(message)
-        self.k = k
-        self.alpha = alpha
+        self.k = check_k(k)
+        self.alpha = check_alpha(alpha)
         self.syncs = 0
         """Syncs done so far."""
         self.holds: Weights = "fast"
@@ -103,7 +107,7 @@ class SlowWeights:
         self.last_distance: Tensor | None = None
         """How far theta and phi were apart just before the last sync, over all trained parameters; if measured."""
         self._measure_distance = measure_distance
-        self._optimizer = optimizer
+        self.optimizer = optimizer
         self._sharded = module if sharded else None  # the module whose shards these are
         self._sync_in_step = sync_in_step
         self._model_weights = model_weights
@@ -115,7 +119,8 @@ class SlowWeights:
         self._start_over = False  # whatever the optimizer's state carries is out of date
         self._kept: dict[Tensor, Tensor] = {}  # trained parameter -> its value in the set that is not held
         self._idle: list[Tensor] = []  # parameters of the optimizer that need no gradient
-        self._listed = 0
+        self._listed: list[Tensor] = []  # all of them, in the optimizer's order
+        self._stepped: list[Tensor] = []  # those that a step may move
         self._track()
         if not self._kept:
             message = "optimizer trains no parameter: none of its parameters has requires_grad=True."
@@ -125,7 +130,7 @@ class SlowWeights:
         self._hook()
 
     def __repr__(self) -> str:
-        return f"SlowWeights({type(self._optimizer).__name__}, k={self.k}, alpha={self.alpha}, syncs={self.syncs})"
+        return f"SlowWeights({type(self.optimizer).__name__}, k={self.k}, alpha={self.alpha}, syncs={self.syncs})"
 
     # -- counting
 
@@ -159,7 +164,7 @@ class SlowWeights:
         self._inner_steps.begin()
 
     def _after_step(self, optimizer: Optimizer, *_: object) -> None:
-        self._inner_steps.end(optimizer, self._kept)
+        self._inner_steps.end(optimizer, self._stepped)
         if self._sync_in_step and self.due:
             self.sync()
 
@@ -174,6 +179,8 @@ class SlowWeights:
             message = "sync() was called while the parameters hold the slow weights: leave use('slow') first."
             raise RuntimeError(message)
         self._settle()
+        if any(map(operator.is_not, self._listed, parameters_of(self.optimizer))):  # one was put in another's place
+            self._track()
         trained = {fast: slow for fast, slow in self._kept.items() if fast.requires_grad}
         fast, slow = list(trained), list(trained.values())
         if self._measure_distance:
@@ -250,7 +257,7 @@ class SlowWeights:
         if self._sharded is not None:
             return []
         saved = self.values(self._model_weights or self.holds)
-        return [checksum(saved.get(parameter, parameter)) for parameter in parameters_of(self._optimizer)]
+        return [checksum(saved.get(parameter, parameter)) for parameter in parameters_of(self.optimizer)]
 
     @contextmanager
     def expecting(self, weights: Weights | None) -> Iterator[None]:
@@ -271,8 +278,9 @@ class SlowWeights:
         weights = OTHER[self._model_weights or self.holds] if self._expected == "own" else self._expected
         carried, rest = self.values(weights), self.values(OTHER[weights])
         if self._sharded is None:
-            # Adam takes any state for its own, so a parameter that never had any gets ours only where it is needed.
-            carried = {p: v for p, v in carried.items() if p in optimizer.state or not v.equal(rest[p])}
+            # Right after a sync there is nothing to carry. Nor is there for a parameter that never stepped: Adam,
+            # without us, would take our entry for its own state.
+            carried = {parameter: value for parameter, value in carried.items() if not value.equal(rest[parameter])}
         return pack(state_dict, optimizer, Carried(weights, dict(zip(carried, copies(carried.values()), strict=True))))
 
     def _unpack(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -294,7 +302,7 @@ class SlowWeights:
             return
         if self._sharded is not None:
             reshard(self._sharded)
-        restored, self._restored = self._restored or adopt(self._optimizer), None
+        restored, self._restored = self._restored or adopt(self.optimizer), None
         checksums, self._checksums = self._checksums, []
         if restored is not None:
             self._track(restored.values)  # also what is frozen now: it was trained when it was saved
@@ -317,7 +325,7 @@ class SlowWeights:
 
         They are not if ``LightningModule.on_load_checkpoint`` has changed them. Of sharded weights it is not known.
         """
-        listed = parameters_of(self._optimizer)
+        listed = parameters_of(self.optimizer)
         if self._sharded is not None or len(listed) != len(checksums):
             return others
         saved = dict(zip(listed, checksums, strict=True))
@@ -325,22 +333,27 @@ class SlowWeights:
 
     def _track_changes(self) -> None:
         """Start phi for parameters that were added or unfrozen; costs nothing per trained parameter."""
-        listed = sum(len(group["params"]) for group in self._optimizer.param_groups)
-        if listed != self._listed or any(parameter.requires_grad for parameter in self._idle):
+        listed = sum(len(group["params"]) for group in self.optimizer.param_groups)
+        if listed != len(self._listed) or any(parameter.requires_grad for parameter in self._idle):
             self._track()
 
     def _track(self, also: Collection[Tensor] = ()) -> None:
-        listed = parameters_of(self._optimizer)
-        known = self._kept
-        new = [p for p in dict.fromkeys(listed) if (p.requires_grad or p in also) and p not in known]
-        begun = dict(zip(new, copies(new), strict=True))
-        self._kept = {
-            p: known[p] if p in known else begun[p] for p in dict.fromkeys(listed) if p in known or p in begun
-        }
-        self._idle = [p for p in listed if p not in self._kept]
-        self._listed = len(listed)
+        self._listed = parameters_of(self.optimizer)
+        places = {place(parameter): parameter for parameter in reversed(self._listed)}  # two may share one storage
+        single = dict.fromkeys(reversed(places.values()))
+        trained = [p for p in single if p in self._kept or p.requires_grad or p in also]
+        new = [parameter for parameter in trained if parameter not in self._kept]
+        known = {**self._kept, **dict(zip(new, copies(new), strict=True))}
+        self._kept = {parameter: known[parameter] for parameter in trained}
+        self._idle = [parameter for parameter in single if parameter not in self._kept]
+        self._stepped = [parameter for parameter in self._listed if places[place(parameter)] in self._kept]
 
     # -- hooks
+
+    @property
+    def counting(self) -> bool:
+        """Whether steps are counted and synced: from the start until `stop`."""
+        return bool(self._step_hooks)
 
     def stop(self) -> None:
         """Stop counting and syncing: training is over. Both sets of weights stay, also in checkpoints."""
@@ -352,7 +365,7 @@ class SlowWeights:
         _remove(self._state_hooks)
 
     def _hook(self) -> None:
-        optimizer = self._optimizer
+        optimizer = self.optimizer
         self._step_hooks = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
@@ -379,6 +392,10 @@ class SlowWeights:
 def parameters_of(optimizer: Optimizer) -> list[Tensor]:
     """All parameters of an optimizer in the order of its groups."""
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _state_hooks_of(optimizer: Optimizer) -> list[Any]:
+    return list(optimizer._optimizer_state_dict_post_hooks.values())
 
 
 def _remove(hooks: list[Any]) -> None:

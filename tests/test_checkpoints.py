@@ -3,13 +3,14 @@
 import copy
 import os
 import signal
+from pathlib import Path
 
 import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
-from runs import Regression, both, equal, make_trainer, reference
+from runs import Regression, both, equal, inputs, make_trainer, reference
 from torch import nn
 
 from lightning_lookahead import LookaheadCallback, load_weights
@@ -330,6 +331,81 @@ def test_a_scheduler_still_moves_the_learning_rate_after_a_resume():
     assert trainer.optimizers[0].param_groups[0]["lr"] == 0.05 * 0.5**8
 
 
+def test_a_checkpoint_saved_after_the_kth_step_and_before_its_sync_is_synced_when_training_starts_again():
+    class Saves(Regression):
+        def configure_optimizers(self):
+            optimizer = super().configure_optimizers()
+            scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+        def lr_scheduler_step(self, scheduler, metric):
+            super().lr_scheduler_step(scheduler, metric)
+            if self.trainer.global_step == 3 and self.saves:
+                assert callback.slow_weights[0].due  # the sync belongs to on_train_batch_end
+                self.trainer.save_checkpoint("due.ckpt")
+
+    callback, module = LookaheadCallback(k=3), Saves(batches=20)
+    module.saves = True
+    make_trainer(callback, max_steps=8).fit(module)
+    assert equal(module.weights(), reference(8)[1])
+    again, resumed, started = LookaheadCallback(k=3), Saves(batches=20), []
+    resumed.saves = False
+
+    class Start(Callback):
+        def on_train_start(self, trainer, pl_module):
+            started.extend(both(again, pl_module))
+
+    make_trainer(again, Start(), max_steps=8).fit(resumed, ckpt_path="due.ckpt")
+    assert equal(started[0], reference(3)[1])
+    assert equal(started[1], reference(3)[1])
+
+
+class Two(Regression):
+    """Two optimizers in manual optimization, the second one every other step."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+        self.other = nn.Linear(3, 2).to(torch.float64)
+        self.register_buffer("taken", torch.zeros((), dtype=torch.long))
+
+    def configure_optimizers(self):
+        return super().configure_optimizers(), torch.optim.Adam(self.other.parameters(), lr=0.01)
+
+    def training_step(self, batch, batch_idx):
+        first, second = self.optimizers()
+        step = int(self.taken)
+        first.zero_grad()
+        self.manual_backward(self.loss(step))
+        first.step()
+        if step % 2:
+            second.zero_grad()
+            self.manual_backward((self.other(inputs(step)) - 1).square().mean())
+            second.step()
+        self.taken += 1
+
+
+def test_two_optimizers_resume_each_with_its_own_count():
+    def run(ckpt_path=None):
+        callback, module = LookaheadCallback(k=3), Two()
+        every = ModelCheckpoint(".", "two-{step}", every_n_train_steps=1, save_top_k=-1)
+        make_trainer(callback, every, max_epochs=4, limit_train_batches=4).fit(module, ckpt_path=ckpt_path)
+        counts = [(slow.steps, slow.syncs) for slow in callback.slow_weights]
+        with callback.use_weights("fast"):
+            fast = [parameter.detach().clone() for parameter in module.parameters()]
+        return counts, fast, [parameter.detach().clone() for parameter in module.parameters()]
+
+    counts, fast, slow = run()
+    assert counts == [(16, 5), (8, 2)]
+    paths = sorted(Path().glob("two-*"))
+    assert len(paths) > 10
+    for path in paths:
+        again = run(path)
+        assert again[0] == counts
+        assert equal(again[1], fast)
+        assert equal(again[2], slow)
+
+
 @pytest.mark.parametrize("eval_weights", ["slow", "fast"])
 def test_a_finished_run_resumed_ends_with_the_same_weights(eval_weights):
     path = checkpoint_after(4, callbacks=[LookaheadCallback(k=3, eval_weights=eval_weights)])
@@ -339,12 +415,48 @@ def test_a_finished_run_resumed_ends_with_the_same_weights(eval_weights):
     assert equal(module.weights(), phi if eval_weights == "slow" else theta)
     assert equal(both(callback, module)[0], theta)
     assert equal(both(callback, module)[1], phi)
+    assert not callback.slow_weights[0].counting
+
+
+def test_a_fit_without_the_callback_saves_its_own_weights_although_the_strategy_knew_us():
+    callback, module = LookaheadCallback(k=3), Failing()
+    trainer = make_trainer(callback, max_steps=9)
+    with pytest.raises(ZeroDivisionError):
+        trainer.fit(module)
+    trainer.callbacks.remove(callback)
+    trainer.fit_loop.epoch_loop.max_steps = 14
+    module.fails_at = None
+    trainer.fit(module)
+    trainer.save_checkpoint("without.ckpt")
+    assert equal(torch.load("without.ckpt", weights_only=True)["state_dict"].values(), module.weights())
+
+
+class Failing(Regression):
+    fails_at = 4
+
+    def training_step(self, batch, batch_idx):
+        if self.trainer.global_step == self.fails_at:
+            raise ZeroDivisionError
+        return super().training_step(batch, batch_idx)
+
+
+def test_a_callback_that_went_on_to_another_trainer_says_nothing_in_the_first_ones_checkpoints():
+    callback, module = LookaheadCallback(k=3), Regression()
+    first, second = make_trainer(callback, max_steps=4), make_trainer(callback, max_steps=8)
+    first.fit(module)
+    second.fit(Regression())
+    first.save_checkpoint("first.ckpt")
+    saved = torch.load("first.ckpt", weights_only=True)
+    assert equal(saved["state_dict"].values(), reference(4)[1])
+    assert saved["callbacks"]["LookaheadCallback"]["optimizers"] == []
+    with pytest.raises(ValueError, match="holds one set of weights"):
+        load_weights("first.ckpt", "fast")
 
 
 def test_a_checkpoint_with_another_number_of_optimizers_is_refused():
     path = checkpoint_after(4)
 
-    class Two(Regression):
+    class Halves(Regression):
         def __init__(self):
             super().__init__()
             self.automatic_optimization = False
@@ -352,8 +464,11 @@ def test_a_checkpoint_with_another_number_of_optimizers_is_refused():
         def configure_optimizers(self):
             return [torch.optim.SGD(self.net[index].parameters(), lr=0.1) for index in (0, 2)]
 
+    module = Halves()
+    before = module.weights()
     with pytest.raises(ValueError, match="made with 1 optimizers, and configure_optimizers gives 2"):
-        make_trainer(LookaheadCallback(k=3), max_steps=8).fit(Two(), ckpt_path=path)
+        make_trainer(LookaheadCallback(k=3), max_steps=8).fit(module, ckpt_path=path)
+    assert equal(module.weights(), before)
 
 
 # -- files that are not what they should be
@@ -384,6 +499,59 @@ def test_a_spoilt_file_gives_a_clear_error_and_leaves_the_model_as_it_was(kind):
     with pytest.raises(Exception):  # noqa: B017, PT011 (Lightning's and torch's own)
         make_trainer(LookaheadCallback(k=3), max_steps=8).fit(module, ckpt_path=path)
     assert equal(module.weights(), before)
+
+
+class Wider(Regression):
+    def __init__(self):
+        super().__init__()
+        self.net[2] = nn.Linear(4, 5).to(torch.float64)
+
+
+def damage(checkpoint, kind):
+    ours, state = checkpoint["callbacks"]["LookaheadCallback"], checkpoint["optimizer_states"][0]["state"]
+    if kind == "counters":
+        ours["optimizers"][0]["steps"] = "many"
+    elif kind == "no counters":
+        del ours["optimizers"]
+    elif kind == "weights":
+        state[0]["lookahead_fast"] = 3
+    else:
+        state[0]["lookahead_fast"] = state[0]["lookahead_fast"][:1]
+
+
+@pytest.mark.parametrize(
+    ("kind", "error", "message"),
+    [
+        ("counters", ValueError, "'steps'.* is 'many'; it must be an integer"),
+        ("no counters", ValueError, "counters .* are missing"),
+        ("weights", ValueError, "of shape .'no tensor',. for a parameter"),
+        ("shape", ValueError, "it is of another model"),
+        ("another model", RuntimeError, "size mismatch"),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_is_refused_and_leaves_the_model_as_it_was(kind, error, message):
+    path = checkpoint_after(4)
+    if kind != "another model":
+        checkpoint = torch.load(path, weights_only=True)
+        damage(checkpoint, kind)
+        torch.save(checkpoint, path)
+    module = Wider() if kind == "another model" else Regression()
+    before = module.weights()
+    with pytest.raises(error, match=message):
+        make_trainer(LookaheadCallback(k=3), max_steps=8).fit(module, ckpt_path=path)
+    assert equal(module.weights(), before)
+
+
+class Renamed(Regression):
+    def state_dict(self, *args, **kwargs):
+        return {f"model.{name}": value for name, value in super().state_dict(*args, **kwargs).items()}
+
+
+def test_load_weights_does_not_guess_names():
+    path = checkpoint_after(4, Renamed)
+    assert equal(load_weights(path, "slow").values(), reference(4)[1])
+    with pytest.raises(ValueError, match="has no such name: the module saves its weights under names of its own"):
+        load_weights(path, "fast")
 
 
 def test_load_weights_says_what_a_file_lacks():

@@ -22,14 +22,23 @@ def run(program, *arguments, processes=1):
     return done.stdout
 
 
-@pytest.mark.parametrize("optimizer", ["SGD", "Adam"])
-@pytest.mark.parametrize("strategy", ["auto", "ddp"])
-def test_resumed_at_every_offset_in_a_new_process_the_run_is_the_uninterrupted_one(optimizer, strategy):
+@pytest.mark.parametrize(
+    ("optimizer", "strategy", "weights"),
+    [
+        ("SGD", "auto", "slow"),
+        ("Adam", "auto", "slow"),
+        ("Adam", "auto", "fast"),
+        ("SGD", "ddp", "slow"),
+        ("Adam", "ddp", "slow"),
+    ],
+)
+def test_resumed_at_every_offset_in_a_new_process_the_run_is_the_uninterrupted_one(optimizer, strategy, weights):
     processes = 1 if strategy == "auto" else 2
-    run(WORKER, "train", optimizer, strategy, processes=processes)
+    run(WORKER, "train", optimizer, strategy, weights, processes=processes)
     ends = [torch.load(f"rank{rank}.pt", weights_only=True) for rank in range(processes)]
     for theta, phi in ends:
         assert not equal(theta, phi), "the last cycle must be unfinished, or the test shows less"
         assert equal(theta, ends[0][0])
         assert equal(phi, ends[0][1])
-    assert run(WORKER, "resume", optimizer, strategy, processes=processes).count("resumed from every step") == processes
+    output = run(WORKER, "resume", optimizer, strategy, weights, processes=processes)
+    assert output.count("resumed from every step") == processes

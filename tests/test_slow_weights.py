@@ -226,6 +226,31 @@ def test_tied_parameters_count_once():
     assert len(slow.values("slow")) == 3
 
 
+def test_two_parameters_on_one_storage_are_one():
+    a, b = nn.Parameter(torch.tensor([1.0])), nn.Parameter(torch.tensor([0.0]))
+    b.data = a.data
+    optimizer = torch.optim.SGD([a, b], lr=1.0)
+    slow = SlowWeights(optimizer, k=2, alpha=0.5)
+    push(optimizer, a=(a, -1.0), b=(b, None))
+    with slow.use("slow"):
+        assert (a.item(), b.item()) == (1.0, 1.0)
+    assert (a.item(), b.item()) == (2.0, 2.0)
+    push(optimizer, a=(a, None), b=(b, -1.0))
+    assert (a.item(), b.item()) == (2.0, 2.0)
+
+
+def test_a_parameter_put_in_anothers_place_joins_at_the_next_sync():
+    a, b, optimizer = two_weights()
+    slow = SlowWeights(optimizer, k=1, alpha=0.5)
+    new = nn.Parameter(torch.tensor([7.0]))
+    optimizer.param_groups[0]["params"][1] = new
+    push(optimizer, a=(a, -1.0), new=(new, -1.0))
+    assert (a.item(), new.item()) == (1.5, 8.0)
+    push(optimizer, a=(a, -1.0), new=(new, -1.0))
+    assert new.item() == 8.5
+    assert b not in slow.values("slow")
+
+
 def test_buffers_are_left_alone():
     net = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
@@ -305,6 +330,25 @@ def test_steps_that_a_gradient_scaler_skips_do_not_count(fused):
         syncs.append(slow.syncs)
     assert syncs == [0, 0, 1, 1, 1, 2]
     assert slow.steps == 4
+
+
+def test_what_a_fused_kernel_skipped_is_read_once_in_a_cycle(monkeypatch):
+    parameter = nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.Adam([parameter], lr=0.1, fused=True)
+    slow, steps, reads, read = SlowWeights(optimizer, k=4), [], [], torch.Tensor.item
+
+    def item(tensor):
+        reads.append(len(steps))
+        return read(tensor)
+
+    monkeypatch.setattr(torch.Tensor, "item", item)
+    for step in range(8):
+        steps.append(step)
+        parameter.grad = torch.ones(3)
+        optimizer.found_inf, optimizer.grad_scale = torch.zeros(()), torch.ones(())  # as a scaler leaves them
+        optimizer.step()
+    assert slow.syncs == 2
+    assert reads == [4, 8]
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -464,6 +508,7 @@ def test_a_state_dict_holds_no_live_tensor_of_ours_and_loading_leaves_it_as_it_w
     problem.step(0)
     state = problem.optimizer.state_dict()
     live = {t.data_ptr() for weights in ("slow", "fast") for t in slow.values(weights).values()}
+    assert len(state["state"]) == 4
     assert live.isdisjoint(entry["lookahead_slow"].data_ptr() for entry in state["state"].values())
     snapshot = copy.deepcopy(state)
     for _ in range(2):
@@ -536,6 +581,27 @@ def test_the_state_of_another_model_is_refused_and_changes_nothing():
     assert wide.steps == 1
 
 
+def test_right_after_a_sync_nothing_is_carried():
+    problem = Problem(torch.optim.Adam)
+    SlowWeights(problem.optimizer, k=2)
+    problem.step(0)
+    problem.step(1)
+    assert not any("lookahead_slow" in entry for entry in problem.optimizer.state_dict()["state"].values())
+
+
+def test_loading_the_optimizer_while_the_slow_weights_are_in_place_ends_the_swap():
+    problem = Problem()
+    slow = SlowWeights(problem.optimizer, k=5)
+    problem.step(0)
+    state, model_state = problem.optimizer.state_dict(), copy.deepcopy(problem.net.state_dict())
+    theta, phi = problem.values(), slow_values(slow)
+    with slow.use("slow"):
+        problem.net.load_state_dict(model_state)
+        problem.optimizer.load_state_dict(state)
+    assert equal(problem.parameters, theta)
+    assert equal(slow_values(slow), phi)
+
+
 def test_bad_counters_are_refused_and_change_nothing():
     problem = Problem()
     slow = SlowWeights(problem.optimizer)
@@ -544,6 +610,8 @@ def test_bad_counters_are_refused_and_change_nothing():
     for bad in ({}, {**before, "steps": -1}, {**before, "syncs": 1.5}, {**before, "steps_since_sync": True}):
         with pytest.raises(ValueError, match="must be an integer of at least 0"):
             slow.load_state_dict(bad)
+    with pytest.raises(ValueError, match="steps_since_sync=5 and steps=1; it cannot be more"):
+        slow.load_state_dict({**before, "steps_since_sync": 5})
     assert slow.state_dict() == before
 
 
@@ -702,7 +770,18 @@ def test_optimizers_that_cannot_be_looked_ahead_with_are_refused():
             SlowWeights(refused([nn.Parameter(torch.ones(1))]))
 
 
+def test_a_second_one_on_the_same_optimizer_is_refused_until_the_first_is_closed():
+    problem = Problem()
+    first = SlowWeights(problem.optimizer)
+    with pytest.raises(ValueError, match="has slow weights already"):
+        SlowWeights(problem.optimizer)
+    first.close()
+    SlowWeights(problem.optimizer)
+
+
 def test_unknown_weights_are_refused():
+    with pytest.raises(ValueError, match="model_weights='ema' is unknown"):
+        SlowWeights(Problem().optimizer, model_weights="ema")
     slow = SlowWeights(Problem().optimizer)
     with pytest.raises(ValueError, match="'ema' is unknown: give 'slow'"):
         slow.put("ema")

@@ -1,5 +1,6 @@
 """The callback beside everything else that a Trainer may do, and what it refuses."""
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer, callbacks
@@ -18,7 +19,7 @@ from runs import Regression, both, equal, inputs, make_trainer, reference
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lightning_lookahead import LookaheadCallback
+from lightning_lookahead import LookaheadCallback, SlowWeights
 
 # -- fits that are not quite fits
 
@@ -122,6 +123,17 @@ def test_diagnostics_change_nothing():
         runs.append((module.weights(), trainer.callback_metrics["val_loss"]))
     assert equal(runs[0][0], runs[1][0])
     assert torch.equal(runs[0][1], runs[1][1])
+
+
+def test_tuners_stay_ahead_and_everything_else_comes_behind():
+    other, finder, callback = (
+        Callback(),
+        LearningRateFinder(update_attr=False, num_training_steps=5),
+        LookaheadCallback(),
+    )
+    trainer = make_trainer(other, callback, finder, max_steps=1)
+    trainer.fit(Tunable())
+    assert [c for c in trainer.callbacks if c in {other, finder, callback}] == [finder, callback, other]
 
 
 # -- beside Lightning's other callbacks
@@ -236,7 +248,6 @@ def test_a_group_that_finetuning_added_is_tracked_again_after_a_resume():
     callback = LookaheadCallback(k=5)
     make_trainer(callback, Unfreeze(), Start(), max_epochs=3).fit(Featured(), ckpt_path=path)
     assert equal(seen, [saved["state_dict"][name] for name, _ in Featured().named_parameters()])
-    assert len(callback.slow_weights[0].values("slow")) == 8
 
 
 def sparsity(module):
@@ -264,12 +275,14 @@ def test_the_average_of_stochastic_weight_averaging_is_what_fit_returns(first, n
             super().on_train_end(trainer, pl_module)
             averages.extend(parameter.detach().clone() for parameter in self._average_model.parameters())
 
-    callback, module = LookaheadCallback(k=4), (Featured() if norm else Regression())
+    callback, module = LookaheadCallback(k=5), (Featured() if norm else Regression())
     swa = Averaging(swa_lrs=0.05, swa_epoch_start=1)
     make_trainer(*((callback, swa) if first else (swa, callback)), max_epochs=3).fit(module)
     if norm:  # Lightning then makes one step more, with its last gradients, after it has put the average in place
         with callback.use_weights("fast"):
             averages = [parameter.detach().clone() for parameter in module.parameters()]
+        with callback.use_weights("slow"):
+            assert not equal(module.parameters(), averages)
     assert equal(module.parameters(), averages)
 
 
@@ -296,6 +309,8 @@ def test_the_average_of_weight_averaging_is_what_fit_returns_and_both_resume(fir
     ("settings", "message"),
     [
         ({"k": 0}, r"k=0 .* integer of at least 1"),
+        ({"alpha": 10**400}, r"alpha=1000.* \(0, 1\]"),
+        ({"eval_weights": ["slow"]}, r"eval_weights=\['slow'\] is unknown"),
         ({"k": 2.5}, r"k=2.5 .* integer of at least 1"),
         ({"alpha": 0.0}, r"alpha=0.0 .*\(0, 1\]"),
         ({"alpha": 1.5}, r"alpha=1.5 .*\(0, 1\]"),
@@ -307,6 +322,12 @@ def test_the_average_of_weight_averaging_is_what_fit_returns_and_both_resume(fir
 def test_bad_arguments_are_refused_with_name_value_and_range(settings, message):
     with pytest.raises(ValueError, match=message):
         LookaheadCallback(**settings)
+
+
+def test_numbers_of_numpy_are_numbers():
+    callback = LookaheadCallback(k=np.int64(3), alpha=np.float32(0.5))
+    assert (callback.k, callback.alpha) == (3, 0.5)
+    assert (type(callback.k), type(callback.alpha)) == (int, float)
 
 
 class Refused(Regression):
@@ -360,6 +381,24 @@ def test_optimizers_that_cannot_be_looked_ahead_with_are_refused():
         def load_state_dict(self, state_dict): ...
 
     refused(TypeError, "it must be a torch.optim.Optimizer", module=with_optimizer(lambda _: Duck()))
+
+
+def test_a_lazy_module_is_refused_with_the_way_out():
+    class Lazy(Refused):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.LazyLinear(2)
+
+    refused(ValueError, "by running a batch through it", module=Lazy())
+
+
+def test_slow_weights_of_ones_own_beside_the_callback_are_refused():
+    def doubled(module):
+        optimizer = torch.optim.SGD(module.parameters(), lr=1)
+        module.slow = SlowWeights(optimizer)
+        return optimizer
+
+    refused(ValueError, "has slow weights already", module=with_optimizer(doubled))
 
 
 def test_a_parameter_in_two_optimizers_is_refused_by_name():

@@ -5,7 +5,7 @@ import signal
 
 import pytest
 import torch
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, LightningDataModule
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from runs import Regression, both, equal, make_trainer, reference
 
@@ -192,3 +192,40 @@ def test_use_weights_before_any_fit_says_so():
         pass
     with pytest.raises(ValueError, match="'best' is unknown"), LookaheadCallback().use_weights("best"):
         pass
+
+
+def test_validating_after_fit_uses_the_weights_that_were_asked_for():
+    callback, module = LookaheadCallback(k=3), Regression()
+    trainer = make_trainer(callback, max_steps=8, limit_val_batches=1)
+    trainer.fit(module)
+    for weights, expected in zip(("fast", "slow"), reference(8), strict=True):
+        with callback.use_weights(weights):
+            (scores,) = trainer.validate(module, verbose=False)
+        assert scores["val_loss"] == last_loss(expected)
+    assert equal(module.weights(), reference(8)[1])
+
+
+class Broken(LightningDataModule):
+    def setup(self, stage):
+        raise OSError
+
+
+def test_what_fails_after_a_fit_leaves_phi_in_the_module():
+    class FailsAtTheEnd(Callback):
+        def on_fit_end(self, trainer, pl_module):
+            raise OSError
+
+    callback, module = LookaheadCallback(k=3), Regression()
+    trainer = make_trainer(callback, max_steps=4)
+    trainer.fit(module)
+    phi = reference(4)[1]
+    with pytest.raises(OSError):  # noqa: PT011
+        trainer.fit(module, datamodule=Broken())
+    assert equal(module.weights(), phi)
+    with pytest.raises(OSError):  # noqa: PT011
+        trainer.validate(module, datamodule=Broken())
+    assert equal(module.weights(), phi)
+    other = Regression()
+    with pytest.raises(OSError):  # noqa: PT011
+        make_trainer(LookaheadCallback(k=3), FailsAtTheEnd(), max_steps=4).fit(other)
+    assert equal(other.weights(), phi)

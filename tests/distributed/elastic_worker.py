@@ -1,7 +1,7 @@
-"""Run by `test_elastic.py` under torchrun: ``elastic_worker.py KIND FOLDER WHEN``; goes on from the newest whole checkpoint.
+"""Run by `test_elastic.py` under torchrun: ``elastic_worker.py KIND FOLDER WHEN``.
 
-The first time it runs, rank 1 is killed: WHEN is ``"step"``, in the middle of a cycle, or ``"save"``, while a checkpoint
-is being written.
+Goes on from the newest whole checkpoint in FOLDER. The first time it runs, rank 1 is killed: WHEN is ``"step"``, in the
+middle of a cycle, or ``"save"``, while a checkpoint is being written.
 """
 
 import os

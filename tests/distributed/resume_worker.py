@@ -1,4 +1,4 @@
-"""Run by `test_resume.py` in processes of its own: ``resume_worker.py train|resume OPTIMIZER [STRATEGY]``.
+"""Run by `test_resume.py` in processes of its own: ``resume_worker.py train|resume OPTIMIZER STRATEGY WEIGHTS``.
 
 ``train`` saves a checkpoint after every step and, at the end, both sets of weights of each rank; ``resume`` goes on
 from each of the checkpoints and compares. The processes of a strategy are started by torchrun.
@@ -32,8 +32,8 @@ def trainer_for(strategy, *callbacks):
 
 
 def main():
-    what, optimizer, strategy = (*sys.argv[1:], "auto")[:3]
-    callback, module = LookaheadCallback(k=K), Ranked(optimizer)
+    what, optimizer, strategy, eval_weights = sys.argv[1:]
+    callback, module = LookaheadCallback(k=K, eval_weights=eval_weights), Ranked(optimizer)
     if what == "train":
         every = ModelCheckpoint(".", "{step}", every_n_train_steps=1, save_top_k=-1, save_on_train_epoch_end=False)
         trainer_for(strategy, callback, every).fit(module)
@@ -41,7 +41,7 @@ def main():
         leave()
         return
     for step in range(1, STEPS + 1):
-        callback, module = LookaheadCallback(k=K), Ranked(optimizer)
+        callback, module = LookaheadCallback(k=K, eval_weights=eval_weights), Ranked(optimizer)
         trainer = trainer_for(strategy, callback)
         trainer.fit(module, ckpt_path=f"step={step}.ckpt")
         theta, phi = torch.load(f"rank{module.global_rank}.pt", weights_only=True)

@@ -33,5 +33,5 @@ def test_processes_started_from_within_return_phi(start):
     callback, module = LookaheadCallback(k=3), Regression()
     make_trainer(callback, max_steps=8, strategy=f"ddp_{start}", devices=1).fit(module)
     assert equal(module.weights(), reference(8)[1])
-    with pytest.raises(RuntimeError, match="from the start of a fit on"):
+    with pytest.raises(RuntimeError, match="in the process that trains"):
         both(callback, module)

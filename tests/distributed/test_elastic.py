@@ -14,7 +14,13 @@ ELASTIC = Path(__file__).with_name("elastic_worker.py")
 
 
 def torchrun(*arguments):
-    environment = {**os.environ, "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}
+    # Without the last one torch 2.13 hands restarted ranks the addresses of the dead ones (seen with gloo, without us).
+    environment = {
+        **os.environ,
+        "PYTHONWARNINGS": "ignore",
+        "OMP_NUM_THREADS": "1",
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+    }
     command = [sys.executable, "-m", "torch.distributed.run", *map(str, arguments)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
 
