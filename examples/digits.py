@@ -152,6 +152,8 @@ def main() -> None:
     parser.add_argument("--alpha", type=float, default=0.5, help="slow weights step size, in (0, 1]")
     parser.add_argument("--out", type=Path, default=Path("outputs/digits.png"), help="file for the plot")
     args = parser.parse_args()
+    if args.seeds < 1 or args.epochs < 1:
+        parser.error(f"--seeds {args.seeds} --epochs {args.epochs}: both must be at least 1")
     try:
         LookaheadCallback(args.k, args.alpha)
     except ValueError as error:

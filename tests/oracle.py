@@ -1,4 +1,8 @@
-"""Algorithm 1 of the paper as it is printed: two nested loops. What everything else is tested against."""
+"""Algorithm 1 of the paper: two nested loops. What everything else is tested against.
+
+``phi + alpha * (theta - phi)`` is computed by ``torch.lerp``, here and in the package; how near that is to the exact
+value of the formula is tested in `test_tensors.py`.
+"""
 
 import torch
 

@@ -25,9 +25,11 @@ def test_python_snippets_run_one_after_the_other(capsys):
     names = {"model": Regression()}
     for snippet in blocks("python"):
         exec(compile(snippet, "README.md", "exec"), names)
-    assert len(blocks("python")) == 5
+    assert len(blocks("python")) == 6
     assert names["slow"].syncs == 2
-    assert "'val_loss'" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "'val_loss'" in shown
+    assert "run.ckpt" in shown
 
 
 def test_the_command_for_the_main_job_ends_in_a_table_and_saves_a_plot(tmp_path):

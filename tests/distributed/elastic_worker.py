@@ -1,6 +1,6 @@
 """Run by `test_elastic.py` under torchrun: ``elastic_worker.py KIND FOLDER WHEN``.
 
-Goes on from the newest whole checkpoint in FOLDER. The first time it runs, rank 1 is killed: WHEN is ``"step"``, in the
+Goes on from the newest whole checkpoint in FOLDER. The first time it runs, a rank is killed: WHEN is ``"step"``, in the
 middle of a cycle, or ``"save"``, while a checkpoint is being written.
 """
 
@@ -33,20 +33,26 @@ def newest_whole(folder):
 
 
 class KillOnce(Callback):
-    def __init__(self, folder, when):
-        self.marker, self.when = Path(folder, "killed"), when
+    def __init__(self, kind, folder, when):
+        self.folder, self.when = Path(folder), when
+        # Under DDP rank 0 writes the file; among shards each rank writes its own, and the index comes last.
+        self.rank = 0 if (kind, when) == ("ddp", "save") else 1
 
     def kill(self, trainer):
-        if trainer.global_rank == 1 and not self.marker.exists():
-            self.marker.touch()
+        marker = self.folder / "killed"
+        if trainer.global_step == 5 and trainer.global_rank == self.rank and not marker.exists():
+            marker.touch()
+            if self.rank == 0:  # half a file, as a write that was cut off leaves it
+                whole = (self.folder / "step=4.ckpt").read_bytes()
+                (self.folder / "step=5.ckpt").write_bytes(whole[: len(whole) // 2])
             os.kill(os.getpid(), signal.SIGKILL)
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        if self.when == "step" and trainer.global_step == 5:
+        if self.when == "step":
             self.kill(trainer)
 
     def on_save_checkpoint(self, trainer, pl_module, checkpoint):
-        if self.when == "save" and trainer.global_step == 5:
+        if self.when == "save":
             self.kill(trainer)
 
 
@@ -54,7 +60,7 @@ def main():
     kind, folder, when = sys.argv[1:4]
     every = ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=-1, save_on_train_epoch_end=False)
     path = newest_whole(folder)
-    trainer, _, _ = fit(kind, "SGD", KillOnce(folder, when), every, ckpt_path=path)
+    trainer, _, _ = fit(kind, "SGD", KillOnce(kind, folder, when), every, ckpt_path=path)
     trainer.save_checkpoint(Path(folder, "end.ckpt"))
     if trainer.is_global_zero:
         print(f"went on from {path.name if path else 'the start'}")  # noqa: T201

@@ -32,6 +32,7 @@ def test_a_killed_rank_is_started_again_from_the_last_whole_checkpoint(kind, whe
     output = job.communicate(timeout=200)[0]
     assert job.returncode == 0, output[-4000:]
     assert (tmp_path / "killed").exists()
+    assert when == "step" or (tmp_path / "step=5.ckpt").exists()
     assert "went on from step=4.ckpt" in output
     (tmp_path / "whole").mkdir()
     run(WORKER, "train", kind, "SGD", tmp_path / "whole", processes=2)
