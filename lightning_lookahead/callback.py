@@ -294,7 +294,7 @@ class LookaheadCallback(Callback):
                 check_saved(checkpoint["callbacks"][self.state_key])
             return checkpoint
         # These strategies load the optimizers here, too, and in place.
-        carried = carried_in(strategy.broadcast(path))
+        carried = carried_in(strategy.broadcast(path), kwargs.get("weights_only"))
         with ExitStack() as stack:
             for slow in self.slow_weights:
                 stack.enter_context(slow.expecting(carried))

@@ -134,14 +134,14 @@ def replace_aliases(state_dict: dict[str, Any], replacements: Mapping[Tensor, Te
     return not missing
 
 
-def carried_in(path: str | os.PathLike[str]) -> Weights | None:
+def carried_in(path: str | os.PathLike[str], weights_only: bool | None = None) -> Weights | None:  # noqa: FBT001
     """Which set of weights the optimizers' states carry in a checkpoint, a file or a folder of shards."""
     path = Path(path)
     if path.is_dir():
         names = FileSystemReader(path).read_metadata().state_dict_metadata
         found = {name.rsplit(".", 1)[-1] for name in names}
     elif path.is_file():
-        states = torch.load(path, map_location="cpu", mmap=True).get("optimizer_states", [])
+        states = torch.load(path, map_location="cpu", mmap=True, weights_only=weights_only).get("optimizer_states", [])
         found = {name for state in states for own in state.get("state", {}).values() for name in own}
     else:
         return None  # which the strategy will say in its own words

@@ -23,12 +23,15 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from lightning_lookahead import LookaheadCallback
 
 STEPS, K = 8, 3
+BACKEND = "nccl" if torch.cuda.is_available() else "gloo"
 
 
-class CPUFSDPStrategy(FSDPStrategy):
+class AnyFSDPStrategy(FSDPStrategy):
     """Lightning asks for an accelerator here; FSDP1 itself runs on the CPU as well."""
 
     def _setup_model(self, model):
+        if torch.cuda.is_available():
+            return super()._setup_model(model)
         return FullyShardedDataParallel(
             module=model,
             cpu_offload=self.cpu_offload,
@@ -64,7 +67,7 @@ class Sharded(Regression):
         return self.net(x)
 
     def loss(self, step):
-        return (self(inputs(step).to(self.net[0].weight.dtype)) - 1).square().mean()
+        return (self(inputs(step).to(self.net[0].weight)) - 1).square().mean()
 
     def configure_model(self):
         policy = (
@@ -88,15 +91,17 @@ def strategy_for(kind):
     if kind == "ddp":
         return DDPStrategy()
     if kind.startswith("fsdp1"):
-        return CPUFSDPStrategy(
+        return AnyFSDPStrategy(
             use_orig_params=kind != "fsdp1_flat",
             cpu_offload=kind == "fsdp1_offload",
             sharding_strategy="SHARD_GRAD_OP" if kind == "fsdp1_grad_op" else "FULL_SHARD",
-            state_dict_type="sharded",
-            process_group_backend="gloo",
+            state_dict_type="full" if kind == "fsdp1_full" else "sharded",
+            process_group_backend=BACKEND,
         )
-    sizes = (1, world) if kind.startswith("tp") or kind == "fsdp2_hsdp" else (world, 1)
-    return ModelParallelStrategy(*sizes, save_distributed_checkpoint="full" not in kind, process_group_backend="gloo")
+    inner = {"tp": world, "tp_full": world, "fsdp2_hsdp": 2}.get(kind, 1)  # hybrid: replicas of two shards each
+    return ModelParallelStrategy(
+        world // inner, inner, save_distributed_checkpoint="full" not in kind, process_group_backend=BACKEND
+    )
 
 
 def local(tensor):
@@ -110,6 +115,7 @@ def fit(kind, optimizer, *callbacks, steps=STEPS, ckpt_path=None, **settings):
     world = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     settings = {"limit_val_batches": 1, "val_check_interval": 2, "max_steps": steps, **settings}
     parallel = {"strategy": strategy_for(kind), "devices": world, "num_nodes": nodes} if kind != "single" else {}
+    parallel["accelerator"] = "auto"  # a GPU, where one is let in
     trainer = make_trainer(callback, *callbacks, **parallel, use_distributed_sampler=False, **settings)
     trainer.fit(module, ckpt_path=ckpt_path)
     return trainer, module, callback

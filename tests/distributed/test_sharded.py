@@ -52,18 +52,19 @@ def close(left, right, tolerance):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_two_processes_give_what_one_gives_and_resume_bit_for_bit(kind, tmp_path):
-    run(WORKER, "train", kind, "SGD", tmp_path, processes=2)
+def test_several_processes_give_what_one_gives_and_resume_bit_for_bit(kind, tmp_path):
+    processes = 4 if kind == "fsdp2_hsdp" else 2
+    run(WORKER, "train", kind, "SGD", tmp_path, processes=processes)
     end, expected = loaded(tmp_path / "end.ckpt"), reference(kind, "SGD")
     assert distance(expected["slow"], expected["fast"]) > 1e-4
     assert close(end, expected, 1e-6 if "fsdp1" in kind else 1e-12)
     steps = (2, 3, 4)  # within a cycle, right after a sync, one step into the next cycle
-    run(WORKER, "resume", kind, "SGD", *(tmp_path / f"step={step}.ckpt" for step in steps), processes=2)
+    run(WORKER, "resume", kind, "SGD", *(tmp_path / f"step={step}.ckpt" for step in steps), processes=processes)
     for step in steps:
         assert same(loaded(tmp_path / f"step={step}-resumed.ckpt"), end)
 
 
-@pytest.mark.parametrize("kind", ["fsdp1", "fsdp2", "fsdp2_full"])
+@pytest.mark.parametrize("kind", ["ddp", "fsdp1", "fsdp2", "fsdp2_full"])
 def test_adam_and_accumulation(kind, tmp_path):
     run(WORKER, "train", kind, "Adam", tmp_path, "accumulate", processes=2)
     end = loaded(tmp_path / "end.ckpt")
