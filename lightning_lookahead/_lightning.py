@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING
 
-from lightning_lookahead.slow_weights import parameters_of
+from lightning_lookahead._tracked import parameters_of
 
 if TYPE_CHECKING or "pytorch_lightning" not in sys.modules or "lightning.pytorch" in sys.modules:
     from lightning.pytorch import Callback
@@ -67,6 +67,14 @@ def callbacks_of(trainer: Trainer) -> list[Callback]:
     return callbacks
 
 
+def names_of(pl_module: LightningModule) -> dict[Tensor, list[str]]:
+    """Each parameter's names in the module's ``state_dict``: more than one if it is tied."""
+    names: dict[Tensor, list[str]] = {}
+    for name, parameter in pl_module.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, []).append(name.replace("_fsdp_wrapped_module.", ""))
+    return names
+
+
 def check_trainer(trainer: Trainer) -> None:
     """Raise if the Trainer has a strategy that is not supported or more than one LookaheadCallback."""
     if sum(is_a(callback, ["LookaheadCallback"]) for callback in callbacks_of(trainer)) > 1:
@@ -83,12 +91,12 @@ def check_trainer(trainer: Trainer) -> None:
 
 def check_disjoint(optimizers: list[Optimizer], pl_module: LightningModule) -> None:
     """Raise if a parameter is in two optimizers."""
-    names = {parameter: name for name, parameter in pl_module.named_parameters()}
+    names = names_of(pl_module)
     seen: dict[Tensor, int] = {}
     for index, optimizer in enumerate(optimizers):
         for parameter in parameters_of(optimizer):
             if seen.setdefault(parameter, index) != index:
-                name = names.get(parameter, "(of another module)")  # type: ignore[call-overload]
+                name = names.get(parameter, ["(of another module)"])[0]
                 message = (
                     f"Parameter {name!r} is in optimizers {seen[parameter]} and {index}: each would pull it back to"
                     " slow weights of its own. Give it to one of them."

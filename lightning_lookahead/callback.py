@@ -29,12 +29,14 @@ from lightning_lookahead._lightning import (
     check_trainer,
     is_a,
     join_packages,
+    names_of,
 )
 from lightning_lookahead._ranks import check_ranks
 from lightning_lookahead._sharding import detach_aliases
 from lightning_lookahead._tensors import copies
-from lightning_lookahead.checkpointing import Weights, carried_in, replace_aliases
-from lightning_lookahead.slow_weights import SlowWeights, parameters_of
+from lightning_lookahead._tracked import parameters_of
+from lightning_lookahead.checkpointing import Weights, carried_in, state_dict_of_slow
+from lightning_lookahead.slow_weights import SlowWeights
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -104,9 +106,7 @@ class LookaheadCallback(Callback):
         self.check_ranks = check_ranks
         self.slow_weights: list[SlowWeights] = []
         """One for each optimizer, from the start of a fit until the next fit starts."""
-        self._tied: list[
-            list[str]
-        ] = []  # names of the same parameter, as they were before a strategy wrapped the module
+        self._tied: list[list[str]] = []  # names that share a parameter, before a strategy wrapped the module
         self._logged: list[int] = []  # syncs that were logged, for each optimizer
         self._restored: list[dict[str, Any]] = []  # counters from a checkpoint, until there are optimizers to count for
         self._before_loading: dict[str, Tensor] = {}  # the module's state, while a checkpoint is loaded over it
@@ -121,8 +121,8 @@ class LookaheadCallback(Callback):
         check_trainer(trainer)
         for slow in self.slow_weights:
             slow.close()
-        self.slow_weights, self._restored, self._foreign = [], [], False
-        self._tied = [names for names in _names(pl_module).values() if len(names) > 1]
+        self.slow_weights, self._restored, self._foreign, self._before_loading = [], [], False, {}
+        self._tied = [names for names in names_of(pl_module).values() if len(names) > 1]
         strategy = trainer.strategy
         strategy.load_checkpoint = functools.partial(self._load_checkpoint, strategy)  # type: ignore[method-assign]
         # First, so that every other callback finds the weights that validation and the end of training are about:
@@ -182,7 +182,7 @@ class LookaheadCallback(Callback):
             if slow.syncs != self._logged[index]:
                 self._logged[index] = slow.syncs
                 if self.check_ranks and trainer.world_size > 1:
-                    names = _names(pl_module)
+                    names = names_of(pl_module)
                     check_ranks({names.get(p, ["(of another module)"])[0]: p for p in slow.values("fast")})
                 self._log(trainer, pl_module, slow, f"/{index}" if len(self.slow_weights) > 1 else "")
 
@@ -208,9 +208,9 @@ class LookaheadCallback(Callback):
         for slow in self._counting():
             slow.put("fast")
             slow.stop()
-        if self._before_loading:
+        if self._before_loading and trainer.state.fn == "fit":
             pl_module.load_state_dict(self._before_loading)
-            self._before_loading = {}
+        self._before_loading = {}
 
     def _finish(self, trainer: Trainer) -> None:
         for slow in self._counting():
@@ -266,31 +266,24 @@ class LookaheadCallback(Callback):
         original = functools.partial(type(strategy).lightning_module_state_dict, strategy)
         if not self._serves(strategy.optimizers):  # the strategy has gone on to another fit, without this callback
             return original()
-        if not any(slow.sharded for slow in self.slow_weights):
-            state_dict = original()
-            replacements = {
-                fast: phi
-                for slow in self.slow_weights
-                if slow.holds == "fast"
-                for fast, phi in slow.values("slow").items()
-            }
-            if replace_aliases(state_dict, replacements):
-                return state_dict
-        # Sharded, left out or computed from the parameters: then phi has to be there while that is done.
-        with self.use_weights("slow"):
-            state_dict = original()
-            detach_aliases(state_dict)
+        state_dict = state_dict_of_slow(original, self.slow_weights)
+        if (
+            state_dict is None
+        ):  # sharded, left out or computed from the parameters: phi has to be there while that is done
+            with self.use_weights("slow"):
+                state_dict = original()
+                detach_aliases(state_dict)
         return state_dict
 
     def _load_checkpoint(self, strategy: Strategy, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """What ``strategy.load_checkpoint()`` returns; our part of it is checked before anything is loaded from it."""
         original = functools.partial(type(strategy).load_checkpoint, strategy)
         if not strategy.restore_checkpoint_after_setup:
-            if strategy.lightning_module is not None:
+            if not self.slow_weights and strategy.lightning_module is not None:  # a run that is about to begin
                 state_dict = strategy.lightning_module.state_dict()
                 self._before_loading = dict(zip(state_dict, copies(state_dict.values()), strict=True))
             checkpoint = original(path, *args, **kwargs)
-            if isinstance(checkpoint.get("callbacks"), dict) and self.state_key in checkpoint["callbacks"]:
+            if self.state_key in (checkpoint.get("callbacks") or {}):
                 check_saved(checkpoint["callbacks"][self.state_key])
             return checkpoint
         # These strategies load the optimizers here, too, and in place.
@@ -323,7 +316,7 @@ class LookaheadCallback(Callback):
 
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        names = _names(pl_module)
+        names = names_of(pl_module)
         state = checkpoint["callbacks"][self.state_key]
         state["names"] = [[names.get(p, []) for p in parameters_of(optimizer)] for optimizer in trainer.optimizers]
         state["tied"] = self._tied
@@ -364,11 +357,3 @@ class LookaheadCallback(Callback):
             for slow in self.slow_weights:
                 slow.start_over()
         self._restored, self._foreign = [], False
-
-
-def _names(pl_module: LightningModule) -> dict[Tensor, list[str]]:
-    """Each parameter's names in the module's ``state_dict``: more than one if it is tied."""
-    names: dict[Tensor, list[str]] = {}
-    for name, parameter in pl_module.named_parameters(remove_duplicate=False):
-        names.setdefault(parameter, []).append(name.replace("_fsdp_wrapped_module.", ""))
-    return names

@@ -21,10 +21,12 @@ from lightning_lookahead._tensors import place
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Hashable, Iterator, Mapping
+    from collections.abc import Callable, Hashable, Iterable, Iterator
 
     from torch import Tensor
     from torch.optim import Optimizer
+
+    from lightning_lookahead.slow_weights import SlowWeights
 
 Weights = Literal["slow", "fast"]
 """Which set of weights: ``"slow"`` is phi, ``"fast"`` is theta."""
@@ -118,20 +120,26 @@ def _keys(state_dict: dict[str, Any], optimizer: Optimizer) -> Iterator[tuple[Te
         yield from zip(live["params"], saved["params"], strict=True)
 
 
-def replace_aliases(state_dict: dict[str, Any], replacements: Mapping[Tensor, Tensor]) -> bool:
-    """Put ``replacements`` into a module's fresh ``state_dict`` wherever it shows the parameters themselves.
+def state_dict_of_slow(
+    module_state_dict: Callable[[], dict[str, Any]], slow_weights: Iterable[SlowWeights]
+) -> dict[str, Any] | None:
+    """A module's ``state_dict`` with phi in place of theta, whatever the module holds, without touching its weights.
 
-    Matches by storage and not by name, so that tied, compiled and renamed parameters need no care. Returns whether
-    every parameter was met: if not, the ``state_dict`` leaves some out or holds something computed from them.
+    Matches by storage and not by name, so that tied, compiled and renamed parameters need no care. ``None`` if that is
+    not enough: if the weights are sharded, or if the ``state_dict`` leaves some out or computes from them.
     """
-    by_pointer = {parameter.data_ptr(): parameter for parameter in replacements if parameter.numel()}
-    missing = set(by_pointer)
+    if any(slow.sharded for slow in slow_weights):
+        return None
+    state_dict = module_state_dict()
+    pairs = [pair for slow in slow_weights if slow.holds == "fast" for pair in slow.values("slow").items()]
+    by_place = {place(fast): phi for fast, phi in pairs if fast.numel()}
+    missing = set(by_place)
     for name, value in state_dict.items():
-        parameter = by_pointer.get(value.data_ptr()) if isinstance(value, torch.Tensor) else None
-        if parameter is not None and place(value) == place(parameter) and value.dtype == parameter.dtype:
-            state_dict[name] = replacements[parameter].detach()
-            missing.discard(parameter.data_ptr())
-    return not missing
+        where = place(value) if isinstance(value, torch.Tensor) else ()
+        if where in by_place and value.dtype == by_place[where].dtype:
+            state_dict[name] = by_place[where].detach()
+            missing.discard(where)
+    return None if missing else state_dict
 
 
 def carried_in(path: str | os.PathLike[str], weights_only: bool | None = None) -> Weights | None:  # noqa: FBT001

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import warnings
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,11 +17,12 @@ from lightning_lookahead._checks import (
 )
 from lightning_lookahead._inner_steps import InnerSteps, is_rehearsal
 from lightning_lookahead._sharding import is_sharded, reshard
-from lightning_lookahead._tensors import checksum, copies, copy_, distance, exchange_, interpolate_, place
+from lightning_lookahead._tensors import checksum, copies, copy_, distance, exchange_, interpolate_
+from lightning_lookahead._tracked import Tracked, parameters_of
 from lightning_lookahead.checkpointing import OTHER, Carried, Weights, adopt, fits, pack, unpack
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator
+    from collections.abc import Iterator
 
     from torch import Tensor, nn
     from torch.optim import Optimizer
@@ -117,12 +117,8 @@ class SlowWeights:
         self._checksums: list[int] = []  # of the parameters beside which those were saved, in the optimizer's order
         self._expected: Literal["own", "slow", "fast", "nothing"] = "own"  # what a `state_dict` carries
         self._start_over = False  # whatever the optimizer's state carries is out of date
-        self._kept: dict[Tensor, Tensor] = {}  # trained parameter -> its value in the set that is not held
-        self._idle: list[Tensor] = []  # parameters of the optimizer that need no gradient
-        self._listed: list[Tensor] = []  # all of them, in the optimizer's order
-        self._stepped: list[Tensor] = []  # those that a step may move
-        self._track()
-        if not self._kept:
+        self._tracked = Tracked(optimizer)  # with the values of the set that the parameters do not hold
+        if not self._tracked.kept:
             message = "optimizer trains no parameter: none of its parameters has requires_grad=True."
             raise ValueError(message)
         self._step_hooks: list[Any] = []
@@ -159,12 +155,12 @@ class SlowWeights:
             )
             raise RuntimeError(message)
         self._settle()
-        self._track_changes()
+        self._tracked.update_if_more()
         self._started = True
         self._inner_steps.begin()
 
     def _after_step(self, optimizer: Optimizer, *_: object) -> None:
-        self._inner_steps.end(optimizer, self._stepped)
+        self._inner_steps.end(optimizer, self._tracked.stepped)
         if self._sync_in_step and self.due:
             self.sync()
 
@@ -179,17 +175,16 @@ class SlowWeights:
             message = "sync() was called while the parameters hold the slow weights: leave use('slow') first."
             raise RuntimeError(message)
         self._settle()
-        if any(map(operator.is_not, self._listed, parameters_of(self.optimizer))):  # one was put in another's place
-            self._track()
-        trained = {fast: slow for fast, slow in self._kept.items() if fast.requires_grad}
+        self._tracked.update_if_other()
+        trained = {fast: slow for fast, slow in self._tracked.kept.items() if fast.requires_grad}
         fast, slow = list(trained), list(trained.values())
         if self._measure_distance:
             self.last_distance = distance(fast, slow)
         interpolate_(slow, fast, self.alpha)
         copy_(fast, slow)
-        if len(trained) < len(self._kept):
-            frozen = [parameter for parameter in self._kept if not parameter.requires_grad]
-            copy_([self._kept[parameter] for parameter in frozen], frozen)
+        if len(trained) < len(self._tracked.kept):
+            frozen = [parameter for parameter in self._tracked.kept if not parameter.requires_grad]
+            copy_([self._tracked.kept[parameter] for parameter in frozen], frozen)
         self._inner_steps.restart_cycle()
         self.syncs += 1
 
@@ -202,9 +197,9 @@ class SlowWeights:
         if self._sharded is not None:
             reshard(self._sharded)
         # After a fit Lightning moves the module to the CPU; what is kept here follows.
-        self._kept = {parameter: kept.to(parameter.device) for parameter, kept in self._kept.items()}
+        self._tracked.follow()
         if weights != self.holds:
-            exchange_(self._kept, self._kept.values())
+            exchange_(self._tracked.kept, self._tracked.kept.values())
             self.holds = weights
 
     @contextmanager
@@ -221,7 +216,11 @@ class SlowWeights:
         """Each trained parameter and its value in ``weights``: live tensors, not copies."""
         check_weights(weights)
         self._settle()
-        return {parameter: parameter for parameter in self._kept} if weights == self.holds else dict(self._kept)
+        return (
+            {parameter: parameter for parameter in self._tracked.kept}
+            if weights == self.holds
+            else dict(self._tracked.kept)
+        )
 
     # -- saving
 
@@ -286,7 +285,7 @@ class SlowWeights:
     def _unpack(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         if not fits(state_dict, optimizer):
             return state_dict
-        self._track_changes()
+        self._tracked.update_if_more()
         plain, carried = unpack(state_dict, optimizer)
         # The model may be loaded before or after the optimizer: wait for the first use.
         self._restored = carried
@@ -305,8 +304,8 @@ class SlowWeights:
         restored, self._restored = self._restored or adopt(self.optimizer), None
         checksums, self._checksums = self._checksums, []
         if restored is not None:
-            self._track(restored.values)  # also what is frozen now: it was trained when it was saved
-        copy_(self._kept.values(), self._kept)
+            self._tracked.update(restored.values)  # also what is frozen now: it was trained when it was saved
+        copy_(self._tracked.kept.values(), self._tracked.kept)
         if restored is None or self._start_over:
             return
         self._started = True
@@ -318,7 +317,7 @@ class SlowWeights:
                 " loading?). Those are left out: fast and slow weights both start from the values loaded."
             )
             warnings.warn(message, stacklevel=2)
-        copy_(others if restored.weights == "fast" else [self._kept[p] for p in others], others.values())
+        copy_(others if restored.weights == "fast" else [self._tracked.kept[p] for p in others], others.values())
 
     def _matching(self, others: dict[Tensor, Tensor], checksums: list[int]) -> dict[Tensor, Tensor]:
         """Those of the restored values whose parameters are as they were when the two were saved together.
@@ -330,23 +329,6 @@ class SlowWeights:
             return others
         saved = dict(zip(listed, checksums, strict=True))
         return {parameter: other for parameter, other in others.items() if checksum(parameter) == saved[parameter]}
-
-    def _track_changes(self) -> None:
-        """Start phi for parameters that were added or unfrozen; costs nothing per trained parameter."""
-        listed = sum(len(group["params"]) for group in self.optimizer.param_groups)
-        if listed != len(self._listed) or any(parameter.requires_grad for parameter in self._idle):
-            self._track()
-
-    def _track(self, also: Collection[Tensor] = ()) -> None:
-        self._listed = parameters_of(self.optimizer)
-        places = {place(parameter): parameter for parameter in reversed(self._listed)}  # two may share one storage
-        single = dict.fromkeys(reversed(places.values()))
-        trained = [p for p in single if p in self._kept or p.requires_grad or p in also]
-        new = [parameter for parameter in trained if parameter not in self._kept]
-        known = {**self._kept, **dict(zip(new, copies(new), strict=True))}
-        self._kept = {parameter: known[parameter] for parameter in trained}
-        self._idle = [parameter for parameter in single if parameter not in self._kept]
-        self._stepped = [parameter for parameter in self._listed if places[place(parameter)] in self._kept]
 
     # -- hooks
 
@@ -387,11 +369,6 @@ class SlowWeights:
             _remove(self._step_hooks)
         if not saving:
             _remove(self._state_hooks)
-
-
-def parameters_of(optimizer: Optimizer) -> list[Tensor]:
-    """All parameters of an optimizer in the order of its groups."""
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def _state_hooks_of(optimizer: Optimizer) -> list[Any]:
