@@ -47,18 +47,19 @@ class InnerSteps:
         """Note that ``optimizer.step()`` begins."""
         self._open = True
 
-    def end(self, optimizer: Optimizer, parameters: Iterable[Tensor]) -> None:
-        """Note that ``optimizer.step()`` ends, and count it if it moved weights."""
+    def end(self, optimizer: Optimizer, parameters: Iterable[Tensor]) -> bool:
+        """Note that ``optimizer.step()`` ends; count it if it moved weights, and return whether it did."""
         # A subclass that calls super().step() fires the hooks of both classes: begin, begin, end, end is one step.
         was_open, self._open = self._open, False
         if not was_open or all(parameter.grad is None for parameter in parameters):
-            return
+            return False
         self._total += 1
         # A fused optimizer skips inside its kernel. The flag stays on the device: to read it here would be to wait.
         found_inf: Tensor | None = getattr(optimizer, "found_inf", None)
         if found_inf is not None:
             skipped = (found_inf > 0).to(found_inf.dtype)
             self._skipped = skipped if self._skipped is None else self._skipped + skipped
+        return True
 
     @property
     def total(self) -> int:

@@ -6,7 +6,7 @@ FSDP can leave weights gathered after a forward: what is then written to the sha
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.fsdp._runtime_utils import _reshard
@@ -40,13 +40,3 @@ def reshard(module: nn.Module) -> None:
             # no public way: leaving `summon_full_params` does not free what a forward has left behind.
             if handle is not None and handle.uses_sharded_strategy and hasattr(handle.flat_param, "_full_param_padded"):
                 _reshard(part, handle, True)  # noqa: FBT003
-
-
-def detach_aliases(state_dict: dict[str, Any]) -> None:
-    """Replace every tensor of a sharded ``state_dict`` by a copy: on the CPU, "offloaded" ones are live still."""
-    for name, value in state_dict.items():
-        if hasattr(value, "local_shards"):
-            for shard in value.local_shards():
-                shard.tensor = shard.tensor.clone()
-        elif hasattr(value, "clone"):
-            state_dict[name] = value.detach().clone()

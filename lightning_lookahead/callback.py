@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from typing_extensions import override
 
+from lightning_lookahead._carried import Weights, carried_in
 from lightning_lookahead._checks import (
     VERSION,
     check_alpha,
@@ -31,11 +32,10 @@ from lightning_lookahead._lightning import (
     join_packages,
     names_of,
 )
+from lightning_lookahead._module_state import detach_aliases, state_dict_of_slow
 from lightning_lookahead._ranks import check_ranks
-from lightning_lookahead._sharding import detach_aliases
 from lightning_lookahead._tensors import copies
 from lightning_lookahead._tracked import parameters_of
-from lightning_lookahead.checkpointing import Weights, carried_in, state_dict_of_slow
 from lightning_lookahead.slow_weights import SlowWeights
 
 if TYPE_CHECKING:

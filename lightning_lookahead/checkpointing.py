@@ -1,159 +1,26 @@
-"""Which weights a checkpoint holds, and where the others travel.
-
-The model's ``state_dict`` holds one set of weights. The other set travels in the optimizer's ``state_dict``, as one
-more entry of each parameter's state: the only place that every strategy of Lightning saves, shards and restores.
-"""
+"""`load_weights`: either set of weights out of a checkpoint, a file or a folder of shards, without a Trainer."""
 
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as load_shards
 
+from lightning_lookahead._carried import ENTRIES, Weights
 from lightning_lookahead._checks import check_saved, check_weights
-from lightning_lookahead._tensors import place
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable, Hashable, Iterable, Iterator
+    from collections.abc import Iterator
 
     from torch import Tensor
-    from torch.optim import Optimizer
 
-    from lightning_lookahead.slow_weights import SlowWeights
-
-Weights = Literal["slow", "fast"]
-"""Which set of weights: ``"slow"`` is phi, ``"fast"`` is theta."""
-
-OTHER: dict[Weights, Weights] = {"slow": "fast", "fast": "slow"}
 _MODELS = ("state_dict.", "model.")  # where ModelParallelStrategy and FSDPStrategy keep the model among the shards
-_CARRIED: dict[str, Weights] = {"lookahead_slow": "slow", "lookahead_fast": "fast"}
-
-
-@dataclass
-class Carried:
-    """The set of weights that an optimizer's ``state_dict`` carried, by parameter.
-
-    Attributes:
-        weights: Which set it is.
-        values: Parameter -> its value in that set, of the parameter's shape.
-    """
-
-    weights: Weights
-    values: dict[Tensor, Tensor] = field(default_factory=dict)
-
-    def take(self, parameter: Tensor, own: dict[str, Any]) -> dict[str, Any]:
-        """Take what one parameter's state carries, and return the rest of that state."""
-        for name, weights in _CARRIED.items():
-            if name not in own:
-                continue
-            shape = tuple(getattr(own[name], "shape", ["no tensor"]))
-            if shape != tuple(parameter.shape):
-                message = (
-                    f"The checkpoint has {weights} weights of shape {shape} for a parameter of shape"
-                    f" {tuple(parameter.shape)}: it is of another model. Load it into the model that it was saved"
-                    " from, or start a new run from its weights alone."
-                )
-                raise ValueError(message)
-            self.weights = weights
-            self.values[parameter] = own[name]
-        return {name: value for name, value in own.items() if name not in _CARRIED}
-
-
-def pack(state_dict: dict[str, Any], optimizer: Optimizer, carried: Carried) -> dict[str, Any]:
-    """Return the optimizer's ``state_dict`` with ``carried`` in it; neither the argument nor live state is changed."""
-    state = dict(state_dict["state"])
-    for parameter, key in _keys(state_dict, optimizer):
-        if parameter in carried.values:
-            state[key] = {**state.get(key, {}), f"lookahead_{carried.weights}": carried.values[parameter]}
-    return {**state_dict, "state": state}
-
-
-def fits(state_dict: dict[str, Any], optimizer: Optimizer) -> bool:
-    """Whether the optimizer's ``state_dict`` has this optimizer's groups; if not, torch refuses it in its own words."""
-    saved, live = state_dict.get("param_groups", []), optimizer.param_groups
-    return [len(group["params"]) for group in saved] == [len(group["params"]) for group in live]
-
-
-def unpack(state_dict: dict[str, Any], optimizer: Optimizer) -> tuple[dict[str, Any], Carried | None]:
-    """Return the optimizer's ``state_dict`` as torch wants it, and what it carried; the argument is not changed.
-
-    ``None`` if it carried nothing. The two must have the same groups, see `fits`.
-
-    Raises:
-        ValueError: If a carried tensor has another shape than its parameter.
-    """
-    state, carried = dict(state_dict["state"]), Carried("slow")
-    for parameter, key in _keys(state_dict, optimizer):
-        if key in state:
-            own = state.pop(key)
-            rest = carried.take(parameter, own)
-            if rest or not own:  # SGD without momentum has no state: then none is left, as it was before packing
-                state[key] = rest
-    return {**state_dict, "state": state}, carried if carried.values else None
-
-
-def adopt(optimizer: Optimizer) -> Carried | None:
-    """Take out of an optimizer's live state what it carried when it was loaded without `unpack`.
-
-    That is so where it was loaded before there were slow weights, or where its class loads in a way of its own.
-    """
-    carried = Carried("slow")
-    for parameter, own in list(optimizer.state.items()):
-        rest = carried.take(parameter, own)
-        if rest:
-            optimizer.state[parameter] = rest
-        elif own:
-            del optimizer.state[parameter]
-    return carried if carried.values else None
-
-
-def _keys(state_dict: dict[str, Any], optimizer: Optimizer) -> Iterator[tuple[Tensor, Hashable]]:
-    """Each parameter and its key in ``state_dict["state"]``: an int in one strategy, a name in another."""
-    for saved, live in zip(state_dict["param_groups"], optimizer.param_groups, strict=True):
-        yield from zip(live["params"], saved["params"], strict=True)
-
-
-def state_dict_of_slow(
-    module_state_dict: Callable[[], dict[str, Any]], slow_weights: Iterable[SlowWeights]
-) -> dict[str, Any] | None:
-    """A module's ``state_dict`` with phi in place of theta, whatever the module holds, without touching its weights.
-
-    Matches by storage and not by name, so that tied, compiled and renamed parameters need no care. ``None`` if that is
-    not enough: if the weights are sharded, or if the ``state_dict`` leaves some out or computes from them.
-    """
-    if any(slow.sharded for slow in slow_weights):
-        return None
-    state_dict = module_state_dict()
-    pairs = [pair for slow in slow_weights if slow.holds == "fast" for pair in slow.values("slow").items()]
-    by_place = {place(fast): phi for fast, phi in pairs if fast.numel()}
-    missing = set(by_place)
-    for name, value in state_dict.items():
-        where = place(value) if isinstance(value, torch.Tensor) else ()
-        if where in by_place and value.dtype == by_place[where].dtype:
-            state_dict[name] = by_place[where].detach()
-            missing.discard(where)
-    return None if missing else state_dict
-
-
-def carried_in(path: str | os.PathLike[str], weights_only: bool | None = None) -> Weights | None:  # noqa: FBT001
-    """Which set of weights the optimizers' states carry in a checkpoint, a file or a folder of shards."""
-    path = Path(path)
-    if path.is_dir():
-        names = FileSystemReader(path).read_metadata().state_dict_metadata
-        found = {name.rsplit(".", 1)[-1] for name in names}
-    elif path.is_file():
-        states = torch.load(path, map_location="cpu", mmap=True, weights_only=weights_only).get("optimizer_states", [])
-        found = {name for state in states for own in state.get("state", {}).values() for name in own}
-    else:
-        return None  # which the strategy will say in its own words
-    return next((weights for name, weights in _CARRIED.items() if name in found), None)
 
 
 def load_weights(
@@ -216,7 +83,7 @@ def _read_shards(path: Path, *, weights_only: bool) -> dict[str, Any]:
     tensors = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
         for name, entry in reader.read_metadata().state_dict_metadata.items()
-        if isinstance(entry, TensorStorageMetadata) and (name.startswith(_MODELS) or name.endswith(tuple(_CARRIED)))
+        if isinstance(entry, TensorStorageMetadata) and (name.startswith(_MODELS) or name.endswith(tuple(ENTRIES)))
     }
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as it should be here

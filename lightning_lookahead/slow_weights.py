@@ -6,6 +6,7 @@ import warnings
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
+from lightning_lookahead._carried import OTHER, Carried, Weights, adopt, fits, pack, unpack
 from lightning_lookahead._checks import (
     check_alpha,
     check_counters,
@@ -19,7 +20,6 @@ from lightning_lookahead._inner_steps import InnerSteps, is_rehearsal
 from lightning_lookahead._sharding import is_sharded, reshard
 from lightning_lookahead._tensors import checksum, copies, copy_, distance, exchange_, interpolate_
 from lightning_lookahead._tracked import Tracked, parameters_of
-from lightning_lookahead.checkpointing import OTHER, Carried, Weights, adopt, fits, pack, unpack
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -160,8 +160,8 @@ class SlowWeights:
         self._inner_steps.begin()
 
     def _after_step(self, optimizer: Optimizer, *_: object) -> None:
-        self._inner_steps.end(optimizer, self._tracked.stepped)
-        if self._sync_in_step and self.due:
+        counted = self._inner_steps.end(optimizer, self._tracked.stepped)
+        if counted and self._sync_in_step and self.due:
             self.sync()
 
     # -- the outer step

@@ -1,0 +1,126 @@
+"""How the second set of weights travels.
+
+The model's ``state_dict`` holds one set of weights. The other set travels in the optimizer's ``state_dict``, as one
+more entry of each parameter's state: the only place that every strategy of Lightning saves, shards and restores.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Hashable, Iterator
+
+    from torch import Tensor
+    from torch.optim import Optimizer
+
+Weights = Literal["slow", "fast"]
+"""Which set of weights: ``"slow"`` is phi, ``"fast"`` is theta."""
+
+OTHER: dict[Weights, Weights] = {"slow": "fast", "fast": "slow"}
+ENTRIES: dict[str, Weights] = {"lookahead_slow": "slow", "lookahead_fast": "fast"}
+"""Names of the entries, and what they carry."""
+
+
+@dataclass
+class Carried:
+    """The set of weights that an optimizer's ``state_dict`` carried, by parameter.
+
+    Attributes:
+        weights: Which set it is.
+        values: Parameter -> its value in that set, of the parameter's shape.
+    """
+
+    weights: Weights
+    values: dict[Tensor, Tensor] = field(default_factory=dict)
+
+    def take(self, parameter: Tensor, own: dict[str, Any]) -> dict[str, Any]:
+        """Take what one parameter's state carries, and return the rest of that state."""
+        for name, weights in ENTRIES.items():
+            if name not in own:
+                continue
+            shape = tuple(getattr(own[name], "shape", ["no tensor"]))
+            if shape != tuple(parameter.shape):
+                message = (
+                    f"The checkpoint has {weights} weights of shape {shape} for a parameter of shape"
+                    f" {tuple(parameter.shape)}: it is of another model. Load it into the model that it was saved"
+                    " from, or start a new run from its weights alone."
+                )
+                raise ValueError(message)
+            self.weights = weights
+            self.values[parameter] = own[name]
+        return {name: value for name, value in own.items() if name not in ENTRIES}
+
+
+def pack(state_dict: dict[str, Any], optimizer: Optimizer, carried: Carried) -> dict[str, Any]:
+    """Return the optimizer's ``state_dict`` with ``carried`` in it; neither the argument nor live state is changed."""
+    state = dict(state_dict["state"])
+    for parameter, key in _keys(state_dict, optimizer):
+        if parameter in carried.values:
+            state[key] = {**state.get(key, {}), f"lookahead_{carried.weights}": carried.values[parameter]}
+    return {**state_dict, "state": state}
+
+
+def fits(state_dict: dict[str, Any], optimizer: Optimizer) -> bool:
+    """Whether the optimizer's ``state_dict`` has this optimizer's groups; if not, torch refuses it in its own words."""
+    saved, live = state_dict.get("param_groups", []), optimizer.param_groups
+    return [len(group["params"]) for group in saved] == [len(group["params"]) for group in live]
+
+
+def unpack(state_dict: dict[str, Any], optimizer: Optimizer) -> tuple[dict[str, Any], Carried | None]:
+    """Return the optimizer's ``state_dict`` as torch wants it, and what it carried; the argument is not changed.
+
+    ``None`` if it carried nothing. The two must have the same groups, see `fits`.
+
+    Raises:
+        ValueError: If a carried tensor has another shape than its parameter.
+    """
+    state, carried = dict(state_dict["state"]), Carried("slow")
+    for parameter, key in _keys(state_dict, optimizer):
+        if key in state:
+            own = state.pop(key)
+            rest = carried.take(parameter, own)
+            if rest or not own:  # SGD without momentum has no state: then none is left, as it was before packing
+                state[key] = rest
+    return {**state_dict, "state": state}, carried if carried.values else None
+
+
+def adopt(optimizer: Optimizer) -> Carried | None:
+    """Take out of an optimizer's live state what it carried when it was loaded without `unpack`.
+
+    That is so where it was loaded before there were slow weights, or where its class loads in a way of its own.
+    """
+    carried = Carried("slow")
+    for parameter, own in list(optimizer.state.items()):
+        rest = carried.take(parameter, own)
+        if rest:
+            optimizer.state[parameter] = rest
+        elif own:
+            del optimizer.state[parameter]
+    return carried if carried.values else None
+
+
+def _keys(state_dict: dict[str, Any], optimizer: Optimizer) -> Iterator[tuple[Tensor, Hashable]]:
+    """Each parameter and its key in ``state_dict["state"]``: an int in one strategy, a name in another."""
+    for saved, live in zip(state_dict["param_groups"], optimizer.param_groups, strict=True):
+        yield from zip(live["params"], saved["params"], strict=True)
+
+
+def carried_in(path: str | os.PathLike[str], weights_only: bool | None = None) -> Weights | None:  # noqa: FBT001
+    """Which set of weights the optimizers' states carry in a checkpoint, a file or a folder of shards."""
+    path = Path(path)
+    if path.is_dir():
+        names = FileSystemReader(path).read_metadata().state_dict_metadata
+        found = {name.rsplit(".", 1)[-1] for name in names}
+    elif path.is_file():
+        states = torch.load(path, map_location="cpu", mmap=True, weights_only=weights_only).get("optimizer_states", [])
+        found = {name for state in states for own in state.get("state", {}).values() for name in own}
+    else:
+        return None  # which the strategy will say in its own words
+    return next((weights for name, weights in ENTRIES.items() if name in found), None)
