@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import (
     ModelPruning,
     StochasticWeightAveraging,
 )
+from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.tuner import Tuner
 from runs import Regression, both, equal, inputs, make_trainer, reference
@@ -300,6 +301,15 @@ def test_the_average_of_weight_averaging_is_what_fit_returns_and_both_resume(fir
 
     full = run()
     assert equal(run(ckpt_path="step=7.ckpt"), full)
+
+
+def test_a_command_line_can_add_and_set_it(monkeypatch):
+    options = ["accelerator=cpu", "logger=false", "callbacks+=lightning_lookahead.LookaheadCallback", "callbacks.k=7"]
+    options.append("callbacks.eval_weights=fast")
+    monkeypatch.setattr("sys.argv", ["train.py", *(f"--trainer.{option}" for option in options)])
+    cli = LightningCLI(Regression, run=False, save_config_callback=None)
+    (callback,) = (callback for callback in cli.trainer.callbacks if isinstance(callback, LookaheadCallback))
+    assert (callback.k, callback.alpha, callback.eval_weights) == (7, 0.5, "fast")
 
 
 # -- what is refused, before training
