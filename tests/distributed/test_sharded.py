@@ -83,13 +83,25 @@ def test_another_number_of_processes_resumes(kind, processes, tmp_path):
         assert close(loaded(tmp_path / f"step={step}-resumed.ckpt"), loaded(tmp_path / "end.ckpt"), 1e-12)
 
 
-@pytest.mark.parametrize(("before", "after"), [("ddp", "fsdp2"), ("fsdp2_full", "single"), ("single", "fsdp2")])
+ONE_PROCESS = {"single", "fsdp1_full"}  # over gloo torch crashes when several make FSDP1's full state dict
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("ddp", "fsdp2"),
+        ("fsdp2_full", "single"),
+        ("single", "fsdp2"),
+        ("fsdp1_full", "fsdp1"),
+        ("fsdp1_full", "fsdp1_full"),
+    ],
+)
 def test_another_strategy_resumes(before, after, tmp_path):
-    count = {"single": 1}
-    run(WORKER, "train", before, "Adam", tmp_path, processes=count.get(before, 2))
+    run(WORKER, "train", before, "Adam", tmp_path, processes=1 if before in ONE_PROCESS else 2)
     path = tmp_path / "step=4.ckpt"
-    run(WORKER, "resume", after, "Adam", path, processes=count.get(after, 2))
-    assert close(loaded(tmp_path / "step=4-resumed.ckpt"), loaded(tmp_path / "end.ckpt"), 1e-12)
+    run(WORKER, "resume", after, "Adam", path, processes=1 if after in ONE_PROCESS else 2)
+    tolerance = 1e-6 if "fsdp1" in after else 1e-12
+    assert close(loaded(tmp_path / "step=4-resumed.ckpt"), loaded(tmp_path / "end.ckpt"), tolerance)
 
 
 @pytest.mark.parametrize("kind", ["fsdp1", "fsdp2", "tp"])
