@@ -213,6 +213,7 @@ class LookaheadCallback(Callback):
         self._before_loading = {}
 
     def _finish(self, trainer: Trainer) -> None:
+        self._before_loading = {}
         for slow in self._counting():
             if not any(is_a(callback, AVERAGERS) for callback in callbacks_of(trainer)):
                 slow.put(self.eval_weights)
