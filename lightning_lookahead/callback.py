@@ -268,9 +268,8 @@ class LookaheadCallback(Callback):
         if not self._serves(strategy.optimizers):  # the strategy has gone on to another fit, without this callback
             return original()
         state_dict = state_dict_of_slow(original, self.slow_weights)
-        if (
-            state_dict is None
-        ):  # sharded, left out or computed from the parameters: phi has to be there while that is done
+        if state_dict is None:
+            # Sharded, left out or computed from the parameters: then phi has to be there while that is done.
             with self.use_weights("slow"):
                 state_dict = original()
                 detach_aliases(state_dict)
