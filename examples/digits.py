@@ -16,7 +16,7 @@ from pathlib import Path
 
 import matplotlib as mpl
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import RichProgressBar
 from matplotlib.figure import Figure
 from rich.console import Console
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
-from lightning_lookahead import LookaheadCallback
+from lightning_lookahead import LookaheadCallback, compare_weights
 
 NAMES = {"sgd": "SGD", "slow": "Lookahead, slow weights", "fast": "Lookahead, fast weights"}
 
@@ -49,14 +49,19 @@ class Digits(LightningModule):
         )
         self.accuracy = MulticlassAccuracy(10, average="micro")
 
+    def forward(self, images: Tensor) -> Tensor:
+        return self.net(images)
+
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         images, digits = batch
-        return nn.functional.cross_entropy(self.net(images), digits)
+        return nn.functional.cross_entropy(self(images), digits)
 
     def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
         images, digits = batch
-        self.accuracy(self.net(images), digits)
+        scores = self(images)
+        self.accuracy(scores, digits)
         self.log("accuracy", self.accuracy, prog_bar=True)
+        self.log("loss", nn.functional.cross_entropy(scores, digits))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=self.hparams["lr"], momentum=self.hparams["momentum"])
@@ -73,22 +78,31 @@ class Curve(Callback):
             self.accuracy.append(trainer.callback_metrics["accuracy"].item())
 
 
-def data() -> tuple[DataLoader, DataLoader]:
+class DigitsData(LightningDataModule):
     """1,347 images to train on and 450 to test on, the same in every run.
 
     That makes 43 batches, so that 8 epochs end four steps after a sync and slow and fast weights differ.
     """
-    images, digits = load_digits(return_X_y=True)
-    split = train_test_split(images, digits, test_size=0.25, random_state=0, stratify=digits)
-    x, x_test, y, y_test = (torch.as_tensor(part) for part in split)
-    train, test = (TensorDataset(a.float().reshape(-1, 1, 8, 8) / 16, b) for a, b in ((x, y), (x_test, y_test)))
-    return DataLoader(train, batch_size=32, shuffle=True), DataLoader(test, batch_size=450)
+
+    def setup(self, stage: str) -> None:
+        images, digits = load_digits(return_X_y=True)
+        split = train_test_split(images, digits, test_size=0.25, random_state=0, stratify=digits)
+        x, x_test, y, y_test = (torch.as_tensor(part) for part in split)
+        self.train, self.held_out = (
+            TensorDataset(a.float().reshape(-1, 1, 8, 8) / 16, b) for a, b in ((x, y), (x_test, y_test))
+        )
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(self.train, batch_size=32, shuffle=True)
+
+    def val_dataloader(self) -> DataLoader:
+        return DataLoader(self.held_out, batch_size=450)
 
 
 def train(seed: int, lookahead: LookaheadCallback | None, args: argparse.Namespace) -> tuple[dict[str, float], list]:
     """One run: its final test accuracies, and the accuracy after every epoch."""
     seed_everything(seed, verbose=False)
-    loader, test = data()
+    data = DigitsData()
     model, curve = Digits(args.lr, args.momentum), Curve()
     trainer = Trainer(
         max_epochs=args.epochs,
@@ -100,18 +114,12 @@ def train(seed: int, lookahead: LookaheadCallback | None, args: argparse.Namespa
         enable_model_summary=False,
         num_sanity_val_steps=0,
     )
-    trainer.fit(model, loader, test)
-
-    def accuracy() -> float:
-        return trainer.validate(model, test, verbose=False)[0]["accuracy"]
+    trainer.fit(model, data)
 
     if lookahead is None:
-        return {"sgd": accuracy()}, curve.accuracy
-    final = {}
-    for weights in ("slow", "fast"):
-        with lookahead.use_weights(weights):
-            final[weights] = accuracy()
-    return final, curve.accuracy
+        return {"sgd": trainer.validate(model, data, verbose=False)[0]["accuracy"]}, curve.accuracy
+    final = compare_weights(trainer, model, datamodule=data)
+    return {"slow": final.slow["accuracy"], "fast": final.fast["accuracy"]}, curve.accuracy
 
 
 def table(final: dict[str, list[float]], args: argparse.Namespace) -> Table:

@@ -10,13 +10,38 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from lightning_lookahead._records import Record
     from lightning_lookahead.callback import LookaheadCallback
     from lightning_lookahead.checkpointing import load_weights
+    from lightning_lookahead.cli import LookaheadCLI
+    from lightning_lookahead.comparison import Comparison, compare_weights
+    from lightning_lookahead.monitor import InnerOuterMonitor
+    from lightning_lookahead.plotting import plot_inner_outer
     from lightning_lookahead.slow_weights import SlowWeights
 
-__all__ = ["LookaheadCallback", "SlowWeights", "load_weights"]
+__all__ = [
+    "Comparison",
+    "InnerOuterMonitor",
+    "LookaheadCLI",
+    "LookaheadCallback",
+    "Record",
+    "SlowWeights",
+    "compare_weights",
+    "load_weights",
+    "plot_inner_outer",
+]
 
-_MODULES = {"LookaheadCallback": "callback", "SlowWeights": "slow_weights", "load_weights": "checkpointing"}
+_MODULES = {
+    "Comparison": "comparison",
+    "InnerOuterMonitor": "monitor",
+    "LookaheadCLI": "cli",
+    "LookaheadCallback": "callback",
+    "Record": "_records",
+    "SlowWeights": "slow_weights",
+    "compare_weights": "comparison",
+    "load_weights": "checkpointing",
+    "plot_inner_outer": "plotting",
+}
 
 
 def __getattr__(name: str) -> object:

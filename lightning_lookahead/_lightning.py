@@ -8,31 +8,41 @@ are told by name.
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from lightning_lookahead._tracked import parameters_of
 
 if TYPE_CHECKING or "pytorch_lightning" not in sys.modules or "lightning.pytorch" in sys.modules:
     from lightning.pytorch import Callback
+    from lightning.pytorch.loggers.logger import DummyLogger
+    from lightning.pytorch.utilities.seed import isolate_rng
 else:
     from pytorch_lightning import Callback
+    from pytorch_lightning.loggers.logger import DummyLogger
+    from pytorch_lightning.utilities.seed import isolate_rng
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from lightning.pytorch import LightningModule, Trainer
-    from torch import Tensor
+    from lightning.pytorch.strategies import Strategy
+    from torch import Tensor, nn
     from torch.optim import Optimizer
 
 __all__ = [
     "AVERAGERS",
     "TUNERS",
     "Callback",
+    "DummyLogger",
     "callbacks_of",
     "check_disjoint",
     "check_trainer",
+    "datamodule_of",
     "is_a",
+    "isolate_rng",
     "join_packages",
+    "names_of",
+    "root_of",
 ]
 
 TUNERS = {"BatchSizeFinder", "LearningRateFinder"}
@@ -65,6 +75,16 @@ def callbacks_of(trainer: Trainer) -> list[Callback]:
     """The Trainer's callbacks, in the order in which they are called."""
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a part of the Trainer
     return callbacks
+
+
+def datamodule_of(trainer: Trainer) -> Any:
+    """The Trainer's data module, if it has one."""
+    return trainer.datamodule  # type: ignore[attr-defined]  # set by a part of the Trainer
+
+
+def root_of(strategy: Strategy) -> nn.Module:
+    """The module as the strategy has wrapped it, from the start of a run on."""
+    return cast("nn.Module", strategy.model)
 
 
 def names_of(pl_module: LightningModule) -> dict[Tensor, list[str]]:

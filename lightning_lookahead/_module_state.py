@@ -1,15 +1,20 @@
-"""phi in a module's ``state_dict``, whatever the module holds at that moment."""
+"""A module's ``state_dict`` and weights, where they are not simply those that it holds."""
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
-from lightning_lookahead._tensors import place
+from lightning_lookahead._sharding import reshard
+from lightning_lookahead._tensors import copies, copy_, place
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Iterator
+
+    from torch import nn
 
     from lightning_lookahead.slow_weights import SlowWeights
 
@@ -44,3 +49,25 @@ def detach_aliases(state_dict: dict[str, Any]) -> None:
                 shard.tensor = shard.tensor.clone()
         elif hasattr(value, "clone"):
             state_dict[name] = value.detach().clone()
+
+
+def load_whole(module: nn.Module, state_dict: dict[str, Any]) -> None:
+    """Load whole tensors, by name, into a module that may be sharded; names that are left out stay as they are."""
+    reshard(module)
+    set_model_state_dict(module, state_dict, options=StateDictOptions(full_state_dict=True, strict=False))
+
+
+@contextmanager
+def kept_weights(module: nn.Module) -> Iterator[None]:
+    """Let other weights be loaded into a module inside the ``with`` block: after it, it holds its own again."""
+    before = dict(module.named_parameters())
+    values = dict(zip(before, copies(before.values()), strict=True))
+    try:
+        yield
+    finally:
+        reshard(module)
+        now = set(module.parameters())
+        same = [name for name, parameter in before.items() if parameter in now]
+        copy_([before[name] for name in same], [values[name] for name in same])
+        if len(same) < len(before):  # sharded since, into parameters of their own
+            load_whole(module, {name: value for name, value in values.items() if name not in same})

@@ -40,3 +40,11 @@ def reshard(module: nn.Module) -> None:
             # no public way: leaving `summon_full_params` does not free what a forward has left behind.
             if handle is not None and handle.uses_sharded_strategy and hasattr(handle.flat_param, "_full_param_padded"):
                 _reshard(part, handle, True)  # noqa: FBT003
+
+
+def entry(module: nn.Module, root: nn.Module) -> nn.Module:
+    """The one of the two whose forward computes ``module``'s, on this rank alone where nothing is sharded.
+
+    FSDP1 gathers weights only where its outermost wrapper is entered. DDP's wrapper would send buffers around.
+    """
+    return root if isinstance(root, FullyShardedDataParallel) else module

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from typing_extensions import override
 
+from lightning_lookahead._batch_norm import Recalibration, check_recalibrate, check_statistics
 from lightning_lookahead._carried import Weights, carried_in
 from lightning_lookahead._checks import (
     VERSION,
@@ -45,6 +46,8 @@ if TYPE_CHECKING:
     from lightning.pytorch.strategies import Strategy
     from torch import Tensor
 
+    from lightning_lookahead.monitor import InnerOuterMonitor
+
 
 class LookaheadCallback(Callback):
     """Lookahead around whatever optimizer the module configures: k steps forward, 1 step back.
@@ -59,6 +62,10 @@ class LookaheadCallback(Callback):
         eval_weights: The weights that validation sees, that a checkpoint's ``state_dict`` holds and that the module
             holds after fit: ``"slow"`` (phi, what the algorithm returns) or ``"fast"`` (theta).
         pullback_momentum: What a sync does to the inner optimizer's momentum: ``"none"`` leaves it alone.
+        monitor: Evaluates held-out data after every inner step of a window, as in the paper's Figure 10.
+        recalibrate_batch_norm: Before each validation, gather BatchNorm's statistics anew with the slow weights, from
+            all training batches (``True``) or the first so many: those at hand were gathered with fast weights. After
+            it they are what they were; checkpoints hold those.
         log_syncs: Log ``lookahead/syncs``, the syncs done so far, to the progress bar and loggers.
         log_distance: Log ``lookahead/distance``, how far theta and phi were apart just before a sync (Euclidean).
         check_ranks: After each sync, compare the weights of all ranks (DDP) and raise if one has drifted: one checksum
@@ -87,6 +94,8 @@ class LookaheadCallback(Callback):
         alpha: float = 0.5,
         eval_weights: Weights = "slow",
         pullback_momentum: Literal["none"] = "none",
+        monitor: InnerOuterMonitor | None = None,
+        recalibrate_batch_norm: bool | int = False,  # noqa: FBT001, FBT002
         log_syncs: bool = True,  # noqa: FBT001, FBT002 (YAML and the command line name every argument)
         log_distance: bool = False,  # noqa: FBT001, FBT002
         check_ranks: bool = False,  # noqa: FBT001, FBT002
@@ -101,11 +110,22 @@ class LookaheadCallback(Callback):
         self.alpha = check_alpha(alpha)
         self.eval_weights: Weights = eval_weights
         self.pullback_momentum = pullback_momentum
+        check_recalibrate(recalibrate_batch_norm)
+        if recalibrate_batch_norm and eval_weights == "fast":
+            message = (
+                f"recalibrate_batch_norm={recalibrate_batch_norm!r} does nothing with eval_weights='fast', which the"
+                " statistics belong to: leave it out."
+            )
+            raise ValueError(message)
+        self.monitor = monitor
+        self.recalibrate_batch_norm = recalibrate_batch_norm
         self.log_syncs = log_syncs
         self.log_distance = log_distance
         self.check_ranks = check_ranks
         self.slow_weights: list[SlowWeights] = []
         """One for each optimizer, from the start of a fit until the next fit starts."""
+        self._recalibration = Recalibration()
+        self._step_hooks: list[Any] = []  # on the optimizers, under manual optimization
         self._tied: list[list[str]] = []  # names that share a parameter, before a strategy wrapped the module
         self._logged: list[int] = []  # syncs that were logged, for each optimizer
         self._restored: list[dict[str, Any]] = []  # counters from a checkpoint, until there are optimizers to count for
@@ -122,6 +142,8 @@ class LookaheadCallback(Callback):
         for slow in self.slow_weights:
             slow.close()
         self.slow_weights, self._restored, self._foreign, self._before_loading = [], [], False, {}
+        if self.monitor is not None:
+            self.monitor.reset()
         self._tied = [names for names in names_of(pl_module).values() if len(names) > 1]
         strategy = trainer.strategy
         strategy.load_checkpoint = functools.partial(self._load_checkpoint, strategy)  # type: ignore[method-assign]
@@ -145,7 +167,7 @@ class LookaheadCallback(Callback):
                 optimizer,
                 self.k,
                 self.alpha,
-                sync_in_step=not pl_module.automatic_optimization,
+                sync_in_step=False,
                 module=trainer.strategy.model,
                 model_weights=self.eval_weights,
                 measure_distance=self.log_distance,
@@ -154,6 +176,13 @@ class LookaheadCallback(Callback):
         ]
         if any(slow.sharded for slow in self.slow_weights):
             check_sharded_options(log_distance=self.log_distance, check_ranks=self.check_ranks)
+        if self.recalibrate_batch_norm:
+            check_statistics(pl_module)
+        if not pl_module.automatic_optimization:
+            self._step_hooks = [
+                slow.optimizer.register_step_post_hook(functools.partial(self._after_step, trainer, slow))
+                for slow in self.slow_weights
+            ]
         self._load_counters()
         if self.eval_weights == "slow":
             # Lightning asks the strategy, once, for the weights of every checkpoint; with save_weights_only=True no
@@ -167,8 +196,10 @@ class LookaheadCallback(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for slow in self.slow_weights:
             slow.put("fast")
-            if slow.due:  # the checkpoint was saved after the k-th step and before its on_train_batch_end
-                slow.sync()
+        if self.monitor is not None and self.slow_weights:
+            self.monitor.begin(trainer, self.slow_weights[0])
+        for slow in self.slow_weights:  # the checkpoint was saved after the k-th step and before its on_train_batch_end
+            self._after_step(trainer, slow)
         self._logged = [slow.syncs for slow in self.slow_weights]
         self._before_loading = {}
 
@@ -177,14 +208,25 @@ class LookaheadCallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         for index, slow in enumerate(self.slow_weights):
-            if slow.due:
-                slow.sync()
+            self._after_step(trainer, slow)
             if slow.syncs != self._logged[index]:
                 self._logged[index] = slow.syncs
                 if self.check_ranks and trainer.world_size > 1:
                     names = names_of(pl_module)
                     check_ranks({names.get(p, ["(of another module)"])[0]: p for p in slow.values("fast")})
                 self._log(trainer, pl_module, slow, f"/{index}" if len(self.slow_weights) > 1 else "")
+
+        if self.monitor is not None and self.slow_weights:
+            self.monitor.publish(trainer, pl_module)
+
+    def _after_step(self, trainer: Trainer, slow: SlowWeights, *_: object) -> None:
+        monitor = self.monitor if slow is self.slow_weights[0] else None
+        if monitor is not None:
+            monitor.after_step(trainer, slow)
+        if slow.due:
+            slow.sync()
+            if monitor is not None:
+                monitor.after_sync(trainer, slow)
 
     def _log(self, trainer: Trainer, pl_module: LightningModule, slow: SlowWeights, suffix: str) -> None:
         if trainer.barebones:
@@ -197,6 +239,8 @@ class LookaheadCallback(Callback):
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.monitor is not None:
+            self.monitor.end(trainer)
         self._finish(trainer)
 
     @override
@@ -205,9 +249,10 @@ class LookaheadCallback(Callback):
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._recalibration.stop()
         for slow in self._counting():
             slow.put("fast")
-            slow.stop()
+        self._stop_counting()
         if self._before_loading and trainer.state.fn == "fit":
             pl_module.load_state_dict(self._before_loading)
         self._before_loading = {}
@@ -217,9 +262,16 @@ class LookaheadCallback(Callback):
         for slow in self._counting():
             if not any(is_a(callback, AVERAGERS) for callback in callbacks_of(trainer)):
                 slow.put(self.eval_weights)
-            slow.stop()
+        self._stop_counting()
         for slow in self.slow_weights:
             slow.put(slow.holds)  # after on_train_end Lightning has moved the module to the CPU: follow it
+
+    def _stop_counting(self) -> None:
+        for hook in self._step_hooks:
+            hook.remove()
+        self._step_hooks = []
+        for slow in self.slow_weights:
+            slow.stop()
 
     def _counting(self) -> list[SlowWeights]:
         """Those of a fit that is under way: none before it, after it or after an exception in it."""
@@ -231,9 +283,12 @@ class LookaheadCallback(Callback):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for slow in self._counting():
             slow.put(self.eval_weights)
+        if self.recalibrate_batch_norm and self._counting() and not trainer.sanity_checking:
+            self._recalibration.start(trainer, self.recalibrate_batch_norm)
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._recalibration.stop()
         for slow in self._counting():
             slow.put("fast")
 
@@ -267,10 +322,10 @@ class LookaheadCallback(Callback):
         original = functools.partial(type(strategy).lightning_module_state_dict, strategy)
         if not self._serves(strategy.optimizers):  # the strategy has gone on to another fit, without this callback
             return original()
-        state_dict = state_dict_of_slow(original, self.slow_weights)
+        state_dict = None if self._recalibration.kept else state_dict_of_slow(original, self.slow_weights)
         if state_dict is None:
             # Sharded, left out or computed from the parameters: then phi has to be there while that is done.
-            with self.use_weights("slow"):
+            with self.use_weights("slow"), self._recalibration.undone():
                 state_dict = original()
                 detach_aliases(state_dict)
         return state_dict
@@ -300,11 +355,12 @@ class LookaheadCallback(Callback):
     def state_dict(self) -> dict[str, Any]:
         """Settings and counters, without tensors: the weights travel in the module's and the optimizers' states."""
         counters = [slow.state_dict() for slow in self.slow_weights]
-        return {
+        state = {
             "lookahead_version": VERSION,
             **self._settings(),
             "optimizers": [{name: state[name] for name in state if name not in self._settings()} for state in counters],
         }
+        return state if self.monitor is None else {**state, "monitor": self.monitor.state_dict()}
 
     def _settings(self) -> dict[str, Any]:
         return {
@@ -339,6 +395,8 @@ class LookaheadCallback(Callback):
         check_saved(saved)
         warn_of_differences(saved, self._settings())
         self._restored = saved["optimizers"]
+        if self.monitor is not None and "monitor" in saved:
+            self.monitor.load_state_dict(saved["monitor"])
         self._load_counters()
 
     def _load_counters(self) -> None:

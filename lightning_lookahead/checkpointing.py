@@ -47,22 +47,32 @@ def load_weights(
         model.load_state_dict(load_weights("run.ckpt", "slow"))
     """
     check_weights(weights)
-    checkpoint = _read(path, weights_only=weights_only)
+    found = weights_in(read_checkpoint(path, weights_only=weights_only), weights, path)
+    return {name.replace("_orig_mod.", ""): value for name, value in found.items()}
+
+
+def weights_in(checkpoint: dict[str, Any], weights: Weights, path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """One set of weights out of a checkpoint that was read from ``path``, under the names of its ``state_dict``.
+
+    Raises:
+        ValueError: If the checkpoint does not hold both sets.
+    """
     saved = _callback_state(checkpoint, path)
     state_dict = dict(checkpoint["state_dict"])
-    if weights != saved["eval_weights"]:
-        for optimizer_state, names in zip(checkpoint["optimizer_states"], saved["names"], strict=True):
-            for aliases, value in _others(optimizer_state, [*names, *saved["tied"]], f"lookahead_{weights}"):
-                known = [name for name in aliases if name in state_dict]
-                if not known:
-                    message = (
-                        f"{path} has {weights} weights of {aliases or ['a parameter without a name']}, but its"
-                        " 'state_dict' has no such name: the module saves its weights under names of its own. Load the"
-                        f" checkpoint in a Trainer and take callback.use_weights({weights!r})."
-                    )
-                    raise ValueError(message)
-                state_dict.update(dict.fromkeys(known, value))
-    return {name.replace("_orig_mod.", ""): value for name, value in state_dict.items()}
+    if weights == saved["eval_weights"]:
+        return state_dict
+    for optimizer_state, names in zip(checkpoint["optimizer_states"], saved["names"], strict=True):
+        for aliases, value in _others(optimizer_state, [*names, *saved["tied"]], f"lookahead_{weights}"):
+            known = [name for name in aliases if name in state_dict]
+            if not known:
+                message = (
+                    f"{path} has {weights} weights of {aliases or ['a parameter without a name']}, but its"
+                    " 'state_dict' has no such name: the module saves its weights under names of its own. Load the"
+                    f" checkpoint in a Trainer and take callback.use_weights({weights!r})."
+                )
+                raise ValueError(message)
+            state_dict.update(dict.fromkeys(known, value))
+    return state_dict
 
 
 def _others(optimizer_state: dict[str, Any], names: list[list[str]], entry: str) -> Iterator[tuple[list[str], Tensor]]:
@@ -101,7 +111,8 @@ def _read_shards(path: Path, *, weights_only: bool) -> dict[str, Any]:
     return checkpoint
 
 
-def _read(path: str | os.PathLike[str], *, weights_only: bool) -> dict[str, Any]:
+def read_checkpoint(path: str | os.PathLike[str], *, weights_only: bool) -> dict[str, Any]:
+    """Read a checkpoint onto the CPU: a file, or of a folder of shards the weights and what the optimizers carry."""
     if not Path(path).exists():
         message = f"{path} does not exist."
         raise FileNotFoundError(message)

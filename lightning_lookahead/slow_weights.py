@@ -136,6 +136,11 @@ class SlowWeights:
         return self._inner_steps.total
 
     @property
+    def steps_since_sync(self) -> int:
+        """Inner steps taken since the last sync; reads as `steps` does."""
+        return self._inner_steps.since_sync
+
+    @property
     def sharded(self) -> bool:
         """Whether the parameters are spread over ranks; each then keeps its own piece of both sets."""
         return self._sharded is not None
@@ -229,8 +234,8 @@ class SlowWeights:
         return {
             "k": self.k,
             "alpha": self.alpha,
-            "steps": self._inner_steps.total,
-            "steps_since_sync": self._inner_steps.since_sync,
+            "steps": self.steps,
+            "steps_since_sync": self.steps_since_sync,
             "syncs": self.syncs,
             "checksums": self._checksums_now(),
         }

@@ -1,16 +1,17 @@
 """The README's snippets run as they stand, and its table and map say what is there."""
 
 import inspect
+import json
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from runs import Regression
+from classifier import Classifier
 
 import lightning_lookahead
-from lightning_lookahead import LookaheadCallback
+from lightning_lookahead import InnerOuterMonitor, LookaheadCallback
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -22,13 +23,16 @@ def blocks(language):
 
 @pytest.mark.filterwarnings("ignore")  # Lightning's, of a tiny run
 def test_python_snippets_run_one_after_the_other(capsys):
-    names = {"model": Regression()}
+    names = {"model": Classifier()}
     for snippet in blocks("python"):
         exec(compile(snippet, "README.md", "exec"), names)
-    assert len(blocks("python")) == 6
+    assert len(blocks("python")) == 8
     assert names["slow"].syncs == 2
     shown = capsys.readouterr().out
-    assert "'val_loss'" in shown
+    assert "'accuracy'" in shown
+    assert "slow - fast" in shown
+    assert Path("figure10.png").stat().st_size > 10_000
+    assert len(names["monitor"].history) == 16 + 16 // 5 + 1
     assert "run.ckpt" in shown
 
 
@@ -44,9 +48,50 @@ def test_the_command_for_the_main_job_ends_in_a_table_and_saves_a_plot(tmp_path)
     assert (tmp_path / "outputs" / "digits.png").stat().st_size > 10_000
 
 
-def test_the_table_of_options_has_every_argument_with_its_default():
-    rows = dict(re.findall(r"^\| `(\w+)` \| `(.*?)` \|", README, re.MULTILINE))
-    arguments = inspect.signature(LookaheadCallback).parameters
+def shape(text):
+    """What stays the same on another machine: words and lines, not numbers."""
+    return [
+        re.sub(r"[+-]?\d[\d.e-]*%?", "#", re.sub(r"[\s━─]+", " ", line)).strip() for line in text.strip().splitlines()
+    ]
+
+
+def test_the_commands_print_what_is_shown(tmp_path):
+    (block,) = blocks("console")
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    for part in block.strip().removeprefix("$ ").split("\n$ "):
+        command, _, expected = part.partition("\n")
+        done = subprocess.run(
+            command.replace("python", sys.executable, 1).split(),
+            capture_output=True,
+            text=True,
+            check=False,
+            cwd=tmp_path,
+        )
+        errors = "".join(line for line in done.stderr.splitlines(keepends=True) if line.startswith("error:"))
+        assert shape(done.stdout + errors) == shape(expected)
+        assert done.returncode == (2 if errors else 0)
+    numbers = json.loads((tmp_path / "outputs" / "digits.json").read_text())
+    assert numbers["slow"].keys() == numbers["fast"].keys() == {"accuracy", "loss"}
+
+
+def test_the_windows_of_the_digits_are_drawn_and_counted(tmp_path):
+    program = ROOT / "examples" / "figure10.py"
+    done = subprocess.run(
+        [sys.executable, program, "--seeds", "1"], capture_output=True, text=True, check=True, cwd=tmp_path
+    )
+    (heading,) = (line.strip() for line in done.stdout.splitlines() if "Digits, lr" in line)
+    assert heading in README
+    assert re.search(r"│ all +│ +36 │", done.stdout)
+    assert (tmp_path / "outputs" / "figure10.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("heading", "documented"), [("option", LookaheadCallback), ("option of the monitor", InnerOuterMonitor)]
+)
+def test_the_tables_of_options_have_every_argument_with_its_default(heading, documented):
+    table = README.split(f"| {heading} | default |")[1].split("\n\n")[0]
+    rows = dict(re.findall(r"^\| `(\w+)` \| `(.*?)` \|", table, re.MULTILINE))
+    arguments = inspect.signature(documented).parameters
     assert rows == {name: repr(argument.default).replace("'", '"') for name, argument in arguments.items()}
 
 

@@ -5,9 +5,12 @@ import signal
 
 import pytest
 import torch
+from classifier import Classifier, images
 from lightning.pytorch import Callback, LightningDataModule
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from runs import Regression, both, equal, make_trainer, reference
+from torch.optim.swa_utils import update_bn
+from torch.utils.data import DataLoader
 
 from lightning_lookahead import LookaheadCallback, load_weights
 
@@ -229,3 +232,101 @@ def test_what_fails_after_a_fit_leaves_phi_in_the_module():
     with pytest.raises(OSError):  # noqa: PT011
         make_trainer(LookaheadCallback(k=3), FailsAtTheEnd(), max_steps=4).fit(other)
     assert equal(other.weights(), phi)
+
+
+# -- BatchNorm statistics gathered anew
+
+
+class Normed(Classifier):
+    """Without dropout, and with data in order, so that the statistics can be had by hand."""
+
+    def __init__(self, **settings):
+        super().__init__(**settings)
+        self.net[3].p = 0.0
+        self.logged = []
+
+    def train_dataloader(self):
+        return DataLoader(images(64, 2), batch_size=8)
+
+    def on_validation_end(self):
+        self.logged.append(self.trainer.callback_metrics["loss"].item())
+
+
+def validated(batches, **settings):
+    callback, model = LookaheadCallback(k=3, recalibrate_batch_norm=batches), Normed()
+    seen = Seen()
+    trainer = make_trainer(callback, seen, max_epochs=1, val_check_interval=5, limit_val_batches=1.0, **settings)
+    trainer.fit(model)
+    return callback, model, trainer, seen
+
+
+@pytest.mark.parametrize("batches", [True, 3])
+def test_validation_sees_the_statistics_of_the_slow_weights_and_training_those_of_the_fast(batches):
+    callback, model, _, seen = validated(batches)
+    plain_callback, plain, _, _ = validated(False)
+    assert equal(both(callback, model)[0], both(plain_callback, plain)[0])
+    assert equal(both(callback, model)[1], both(plain_callback, plain)[1])
+    assert equal(model.buffers(), plain.buffers())
+    for logged, without, step in zip(model.logged, plain.logged, (5,), strict=True):
+        other = Normed()
+        with torch.no_grad():
+            for parameter, value in zip(other.parameters(), seen.weights["on_validation_start", step], strict=True):
+                parameter.copy_(value)
+        update_bn(list(other.train_dataloader())[: None if batches is True else batches], other)
+        other.eval()
+        losses = [torch.nn.functional.cross_entropy(other(x), y).item() for x, y in other.val_dataloader()]
+        assert logged == pytest.approx(sum(losses) / 2, rel=1e-6)
+        assert logged != without
+
+
+def test_a_checkpoint_saved_while_they_are_in_place_holds_the_others():
+    class Saving(Normed):
+        def on_validation_epoch_end(self):
+            self.trainer.save_checkpoint(f"inside-{self.trainer.global_step}.ckpt")
+
+        def on_validation_end(self):
+            self.trainer.save_checkpoint(f"after-{self.trainer.global_step}.ckpt")
+
+    for eval_batches in (2, False):
+        callback = LookaheadCallback(k=3, recalibrate_batch_norm=eval_batches)
+        make_trainer(callback, max_epochs=1, val_check_interval=5, limit_val_batches=1.0).fit(Saving())
+        inside, after = (torch.load(f"{when}-5.ckpt", weights_only=True)["state_dict"] for when in ("inside", "after"))
+        assert inside.keys() == after.keys()
+        assert all(torch.equal(inside[name], after[name]) for name in after)
+
+
+def test_an_exception_while_they_are_in_place_brings_the_others_back():
+    class Failing(Normed):
+        def validation_step(self, batch, batch_idx):
+            raise ZeroDivisionError
+
+    models = [Failing(), Normed()]
+    callback = LookaheadCallback(k=3, recalibrate_batch_norm=True)
+    with pytest.raises(ZeroDivisionError):
+        make_trainer(callback, max_epochs=1, val_check_interval=5, limit_val_batches=1.0).fit(models[0])
+    make_trainer(LookaheadCallback(k=3), max_steps=5).fit(models[1])
+    assert equal(models[0].buffers(), models[1].buffers())
+
+
+def test_training_goes_on_with_its_own_workers_while_they_are_gathered():
+    class Working(Normed):
+        def train_dataloader(self):
+            return DataLoader(images(64, 2), batch_size=8, num_workers=1, persistent_workers=True)
+
+    model = Working()
+    callback = LookaheadCallback(k=3, recalibrate_batch_norm=True)
+    make_trainer(callback, max_epochs=2, val_check_interval=3, limit_val_batches=1.0).fit(model)
+    expected = [x[0, 0].item() for x, _ in Normed().train_dataloader()]
+    assert model.order == expected * 2
+
+
+def test_an_option_that_would_do_nothing_is_refused_before_the_first_step():
+    with pytest.raises(ValueError, match="does nothing with eval_weights='fast'"):
+        LookaheadCallback(eval_weights="fast", recalibrate_batch_norm=True)
+    with pytest.raises(ValueError, match="recalibrate_batch_norm=-2 is out of range"):
+        LookaheadCallback(recalibrate_batch_norm=-2)
+    model = Regression()
+    before = model.weights()
+    with pytest.raises(ValueError, match="Regression has no BatchNorm statistics"):
+        make_trainer(LookaheadCallback(recalibrate_batch_norm=True), max_steps=5).fit(model)
+    assert equal(model.weights(), before)

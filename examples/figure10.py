@@ -1,0 +1,133 @@
+"""The paper's Figure 10 for handwritten digits: test accuracy after every inner step and every sync.
+
+    python examples/figure10.py
+
+trains the network of `digits.py` with Lookahead from several seeds and looks at windows of 60 inner steps all through
+training. It prints in how many inner loops accuracy fell, and in how many of those the sync brought it back, and draws
+the windows of the first seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import warnings
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from digits import Digits, DigitsData
+from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch.callbacks import RichProgressBar
+from rich.console import Console
+from rich.table import Table
+
+from lightning_lookahead import InnerOuterMonitor, LookaheadCallback, Record, plot_inner_outer
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+
+class InnerLoop(NamedTuple):
+    """Accuracies around one inner loop: of phi before it, of theta at its end, of phi after the sync."""
+
+    before: float
+    end: float
+    after: float
+
+    @property
+    def fell(self) -> bool:
+        return self.end < self.before
+
+
+def inner_loops(history: Iterable[Record]) -> Iterator[InnerLoop]:
+    """The whole inner loops in a monitor's history: those that begin and end with a sync."""
+    records = list(history)
+    outer = [index for index, record in enumerate(records) if record.weights == "outer"]
+    for first, last in pairwise(outer):
+        if records[last - 1].weights == "inner" and records[first + 1].step == records[first].step + 1:
+            yield InnerLoop(records[first].value, records[last - 1].value, records[last].value)
+
+
+def train(seed: int, args: argparse.Namespace) -> list[Record]:
+    """One run; what its monitor has seen."""
+    seed_everything(seed, verbose=False)
+    monitor = InnerOuterMonitor(updates=args.updates, start=args.start, every_n_syncs=args.every_n_syncs)
+    trainer = Trainer(
+        max_epochs=args.epochs,
+        callbacks=[LookaheadCallback(args.k, args.alpha, monitor=monitor), RichProgressBar(leave=False)],
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+    )
+    trainer.fit(Digits(args.lr, args.momentum), DigitsData())
+    return monitor.history
+
+
+def table(histories: dict[int, list[Record]], args: argparse.Namespace) -> Table:
+    """A row for each seed: how inner loops ended, and what the sync made of it."""
+    title = f"Digits, lr {args.lr}, momentum {args.momentum}, k {args.k}, alpha {args.alpha}, {args.epochs} epochs"
+    result = Table("seed", title=title)
+    for heading in (
+        "inner loops",
+        "accuracy fell",
+        "sync raised it",
+        "to where it was, or higher",
+        "mean fall",
+        "mean rise",
+    ):
+        result.add_column(heading, justify="right")
+    every = [loop for history in histories.values() for loop in inner_loops(history)]
+    groups = {**{str(seed): list(inner_loops(history)) for seed, history in histories.items()}, "all": every}
+    for name, loops in groups.items():
+        fallen = [loop for loop in loops if loop.fell]
+        raised = [loop for loop in fallen if loop.after > loop.end]
+        recovered = [loop for loop in raised if loop.after >= loop.before]
+        numbers = [sum(loop.before - loop.end for loop in fallen), sum(loop.after - loop.end for loop in fallen)]
+        means = [f"{number / max(len(fallen), 1):.2%}" for number in numbers]
+        result.add_row(name, *map(str, (len(loops), len(fallen), len(raised), len(recovered))), *means)
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=5, help="runs, from seeds 0, 1, ...")
+    parser.add_argument("--epochs", type=int, default=7, help="passes over the 1,347 training images (43 steps each)")
+    parser.add_argument("--lr", type=float, default=0.1, help="learning rate of SGD")
+    parser.add_argument("--momentum", type=float, default=0.9, help="momentum of SGD")
+    parser.add_argument("--k", type=int, default=5, help="inner steps between two syncs")
+    parser.add_argument("--alpha", type=float, default=0.5, help="slow weights step size, in (0, 1]")
+    parser.add_argument("--updates", type=int, default=60, help="inner steps in a window")
+    parser.add_argument("--start", type=int, default=40, help="inner steps before the first window")
+    parser.add_argument("--every-n-syncs", type=int, default=20, help="syncs from one window's beginning to the next's")
+    parser.add_argument("--out", type=Path, default=Path("outputs/figure10.png"), help="file for the figure")
+    args = parser.parse_args()
+    if args.seeds < 1 or args.epochs < 1:
+        parser.error(f"--seeds {args.seeds} --epochs {args.epochs}: both must be at least 1")
+    try:
+        LookaheadCallback(args.k, args.alpha)
+        InnerOuterMonitor(updates=args.updates, start=args.start, every_n_syncs=args.every_n_syncs)
+    except ValueError as error:
+        parser.error(str(error))
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message=".*(num_workers|LeafSpec).*")
+    torch.set_num_threads(1)  # in a network this small more threads only wait for one another
+
+    console = Console()
+    histories = {}
+    for seed in range(args.seeds):
+        console.print(f"seed {seed}")
+        histories[seed] = train(seed, args)
+    console.print(table(histories, args))
+    if not histories[0]:
+        parser.error(f"--start {args.start} is after the end of training: there is nothing to draw")
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    plot_inner_outer(histories[0], name="test accuracy").savefig(args.out, dpi=130)
+    console.print(f"Figure: {args.out}", highlight=False)
+
+
+if __name__ == "__main__":
+    main()
