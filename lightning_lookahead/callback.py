@@ -4,28 +4,22 @@ from __future__ import annotations
 
 import functools
 import warnings
-from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from typing_extensions import override
 
-from lightning_lookahead._batch_norm import Recalibration, check_recalibrate, check_statistics
-from lightning_lookahead._carried import Weights, carried_in
+from lightning_lookahead._batch_norm import check_recalibrate, check_statistics
 from lightning_lookahead._checks import (
-    VERSION,
     check_alpha,
     check_k,
     check_optimizer,
-    check_saved,
     check_sharded_options,
     check_weights,
-    warn_of_differences,
 )
 from lightning_lookahead._lightning import (
     AVERAGERS,
     TUNERS,
-    Callback,
     callbacks_of,
     check_disjoint,
     check_trainer,
@@ -33,23 +27,18 @@ from lightning_lookahead._lightning import (
     join_packages,
     names_of,
 )
-from lightning_lookahead._module_state import detach_aliases, state_dict_of_slow
 from lightning_lookahead._ranks import check_ranks
-from lightning_lookahead._tensors import copies
-from lightning_lookahead._tracked import parameters_of
+from lightning_lookahead._saving import SavingCallback
 from lightning_lookahead.slow_weights import SlowWeights
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from lightning.pytorch import LightningModule, Trainer
-    from lightning.pytorch.strategies import Strategy
-    from torch import Tensor
 
+    from lightning_lookahead._carried import Weights
     from lightning_lookahead.monitor import InnerOuterMonitor
 
 
-class LookaheadCallback(Callback):
+class LookaheadCallback(SavingCallback):
     """Lookahead around whatever optimizer the module configures: k steps forward, 1 step back.
 
     Each optimizer has its own count of inner steps. Under automatic optimization the weights are synced in
@@ -122,15 +111,8 @@ class LookaheadCallback(Callback):
         self.log_syncs = log_syncs
         self.log_distance = log_distance
         self.check_ranks = check_ranks
-        self.slow_weights: list[SlowWeights] = []
-        """One for each optimizer, from the start of a fit until the next fit starts."""
-        self._recalibration = Recalibration()
         self._step_hooks: list[Any] = []  # on the optimizers, under manual optimization
-        self._tied: list[list[str]] = []  # names that share a parameter, before a strategy wrapped the module
         self._logged: list[int] = []  # syncs that were logged, for each optimizer
-        self._restored: list[dict[str, Any]] = []  # counters from a checkpoint, until there are optimizers to count for
-        self._before_loading: dict[str, Tensor] = {}  # the module's state, while a checkpoint is loaded over it
-        self._foreign = False  # the checkpoint was made without us
 
     # -- one fit
 
@@ -139,14 +121,9 @@ class LookaheadCallback(Callback):
         if stage != "fit":
             return
         check_trainer(trainer)
-        for slow in self.slow_weights:
-            slow.close()
-        self.slow_weights, self._restored, self._foreign, self._before_loading = [], [], False, {}
+        self._await_checkpoint(trainer, pl_module)
         if self.monitor is not None:
             self.monitor.reset()
-        self._tied = [names for names in names_of(pl_module).values() if len(names) > 1]
-        strategy = trainer.strategy
-        strategy.load_checkpoint = functools.partial(self._load_checkpoint, strategy)  # type: ignore[method-assign]
         # First, so that every other callback finds the weights that validation and the end of training are about:
         # pruning masks them, averaging replaces them. Only the tuners stay ahead, as Lightning sorts them.
         others = [callback for callback in callbacks_of(trainer) if callback is not self]
@@ -183,14 +160,7 @@ class LookaheadCallback(Callback):
                 slow.optimizer.register_step_post_hook(functools.partial(self._after_step, trainer, slow))
                 for slow in self.slow_weights
             ]
-        self._load_counters()
-        if self.eval_weights == "slow":
-            # Lightning asks the strategy, once, for the weights of every checkpoint; with save_weights_only=True no
-            # hook of a callback is called. A partial, unlike a closure, leaves the strategy picklable.
-            strategy = trainer.strategy
-            strategy.lightning_module_state_dict = functools.partial(  # type: ignore[method-assign]
-                self._slow_state_dict, strategy
-            )
+        self._serve_checkpoints(trainer.strategy)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -292,76 +262,6 @@ class LookaheadCallback(Callback):
         for slow in self._counting():
             slow.put("fast")
 
-    @contextmanager
-    def use_weights(self, weights: Weights) -> Iterator[None]:
-        """Let the module hold the ``"slow"`` or ``"fast"`` weights inside the ``with`` block, in place.
-
-        After it the module holds what it held before, also if an exception was raised inside. During a fit and after
-        it, until the next one starts.
-
-        Raises:
-            ValueError: If ``weights`` is neither.
-            RuntimeError: If this process has started no fit.
-        """
-        check_weights(weights)
-        if not self.slow_weights:
-            message = (
-                "There is one set of weights only: use_weights() works from the start of a fit on, in the process that"
-                " trains (strategies that spawn or fork bring back phi alone)."
-            )
-            raise RuntimeError(message)
-        with ExitStack() as stack:
-            for slow in self.slow_weights:
-                stack.enter_context(slow.use(weights))
-            yield
-
-    # -- checkpoints
-
-    def _slow_state_dict(self, strategy: Strategy) -> dict[str, Any]:
-        """What ``strategy.lightning_module_state_dict()`` returns during a fit and after it: phi, swapped or not."""
-        original = functools.partial(type(strategy).lightning_module_state_dict, strategy)
-        if not self._serves(strategy.optimizers):  # the strategy has gone on to another fit, without this callback
-            return original()
-        state_dict = None if self._recalibration.kept else state_dict_of_slow(original, self.slow_weights)
-        if state_dict is None:
-            # Sharded, left out or computed from the parameters: then phi has to be there while that is done.
-            with self.use_weights("slow"), self._recalibration.undone():
-                state_dict = original()
-                detach_aliases(state_dict)
-        return state_dict
-
-    def _load_checkpoint(self, strategy: Strategy, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """What ``strategy.load_checkpoint()`` returns; our part of it is checked before anything is loaded from it."""
-        original = functools.partial(type(strategy).load_checkpoint, strategy)
-        if not strategy.restore_checkpoint_after_setup:
-            if not self.slow_weights and strategy.lightning_module is not None:  # a run that is about to begin
-                state_dict = strategy.lightning_module.state_dict()
-                self._before_loading = dict(zip(state_dict, copies(state_dict.values()), strict=True))
-            checkpoint = original(path, *args, **kwargs)
-            if self.state_key in (checkpoint.get("callbacks") or {}):
-                check_saved(checkpoint["callbacks"][self.state_key])
-            return checkpoint
-        # These strategies load the optimizers here, too, and in place.
-        carried = carried_in(strategy.broadcast(path), kwargs.get("weights_only"))
-        with ExitStack() as stack:
-            for slow in self.slow_weights:
-                stack.enter_context(slow.expecting(carried))
-            return original(path, *args, **kwargs)
-
-    def _serves(self, optimizers: list[Any]) -> bool:
-        return [id(slow.optimizer) for slow in self.slow_weights] == [id(optimizer) for optimizer in optimizers]
-
-    @override
-    def state_dict(self) -> dict[str, Any]:
-        """Settings and counters, without tensors: the weights travel in the module's and the optimizers' states."""
-        counters = [slow.state_dict() for slow in self.slow_weights]
-        state = {
-            "lookahead_version": VERSION,
-            **self._settings(),
-            "optimizers": [{name: state[name] for name in state if name not in self._settings()} for state in counters],
-        }
-        return state if self.monitor is None else {**state, "monitor": self.monitor.state_dict()}
-
     def _settings(self) -> dict[str, Any]:
         return {
             "k": self.k,
@@ -369,49 +269,3 @@ class LookaheadCallback(Callback):
             "eval_weights": self.eval_weights,
             "pullback_momentum": self.pullback_momentum,
         }
-
-    @override
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        names = names_of(pl_module)
-        state = checkpoint["callbacks"][self.state_key]
-        state["names"] = [[names.get(p, []) for p in parameters_of(optimizer)] for optimizer in trainer.optimizers]
-        state["tied"] = self._tied
-        if self.slow_weights and not self._serves(trainer.optimizers):  # the counters are of another fit
-            state["optimizers"] = []
-
-    @override
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        if trainer.state.fn != "fit":
-            return
-        saved = checkpoint["callbacks"].get(self.state_key)
-        if saved is None:
-            warnings.warn(
-                "The checkpoint was made without LookaheadCallback: slow and fast weights both start from its weights.",
-                stacklevel=2,
-            )
-            self._foreign = True
-            self._load_counters()
-            return
-        check_saved(saved)
-        warn_of_differences(saved, self._settings())
-        self._restored = saved["optimizers"]
-        if self.monitor is not None and "monitor" in saved:
-            self.monitor.load_state_dict(saved["monitor"])
-        self._load_counters()
-
-    def _load_counters(self) -> None:
-        # The Trainer loads callbacks before there are optimizers (one device, DDP) or after (sharded strategies).
-        if not self.slow_weights:
-            return
-        if self._restored and len(self._restored) != len(self.slow_weights):
-            message = (
-                f"The checkpoint was made with {len(self._restored)} optimizers, and configure_optimizers gives"
-                f" {len(self.slow_weights)}: resume with the same optimizers."
-            )
-            raise ValueError(message)
-        for slow, counters in zip(self.slow_weights, self._restored, strict=False):
-            slow.load_state_dict(counters)
-        if self._foreign:
-            for slow in self.slow_weights:
-                slow.start_over()
-        self._restored, self._foreign = [], False
