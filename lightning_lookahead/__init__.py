@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lightning_lookahead._records import Record
+    from lightning_lookahead.adaptive import AdaptiveAlpha
     from lightning_lookahead.callback import LookaheadCallback
     from lightning_lookahead.checkpointing import load_weights
     from lightning_lookahead.cli import LookaheadCLI
@@ -18,10 +19,15 @@ if TYPE_CHECKING:
     from lightning_lookahead.monitor import InnerOuterMonitor
     from lightning_lookahead.plotting import plot_inner_outer
     from lightning_lookahead.slow_weights import SlowWeights
+    from lightning_lookahead.step_size import Constant, Cosine, Linear
 
 __all__ = [
+    "AdaptiveAlpha",
     "Comparison",
+    "Constant",
+    "Cosine",
     "InnerOuterMonitor",
+    "Linear",
     "LookaheadCLI",
     "LookaheadCallback",
     "Record",
@@ -32,8 +38,12 @@ __all__ = [
 ]
 
 _MODULES = {
+    "AdaptiveAlpha": "adaptive",
     "Comparison": "comparison",
+    "Constant": "step_size",
+    "Cosine": "step_size",
     "InnerOuterMonitor": "monitor",
+    "Linear": "step_size",
     "LookaheadCLI": "cli",
     "LookaheadCallback": "callback",
     "Record": "_records",

@@ -6,10 +6,10 @@ from contextlib import contextmanager
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
 
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import update_bn
 
 from lightning_lookahead._batches import batches, stage, training_loaders
+from lightning_lookahead._buffers import check_statistics, statistics_of
 from lightning_lookahead._lightning import root_of
 from lightning_lookahead._sharding import entry, reshard
 from lightning_lookahead._tensors import copies, copy_
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from lightning.pytorch import Trainer
-    from torch import Tensor, nn
+    from torch import Tensor
 
 
 def check_recalibrate(value: object) -> None:
@@ -33,13 +33,6 @@ def check_recalibrate(value: object) -> None:
     raise ValueError(message)
 
 
-def check_statistics(module: nn.Module) -> None:
-    """Raise if the module has no BatchNorm statistics."""
-    if not _statistics(module):
-        message = f"recalibrate_batch_norm has nothing to do: {type(module).__name__} has no BatchNorm statistics."
-        raise ValueError(message)
-
-
 class Recalibration:
     """Statistics gathered anew, in place from `start` to `stop`; between them it keeps those that were there."""
 
@@ -50,8 +43,8 @@ class Recalibration:
     def start(self, trainer: Trainer, which: Any) -> None:
         """Gather the statistics with the weights that the module holds, by torch's own `update_bn`."""
         module, root = trainer.lightning_module, root_of(trainer.strategy)
-        check_statistics(module)
-        statistics = _statistics(module)
+        check_statistics(module, "recalibrate_batch_norm")
+        statistics = statistics_of(module)
         given = not isinstance(which, int)
         loaders = [which] if given else training_loaders(trainer)
         limit = None if given or which is True else which
@@ -81,7 +74,3 @@ class Recalibration:
             yield
         finally:
             copy_(self.kept, gathered)
-
-
-def _statistics(module: nn.Module) -> list[Tensor]:
-    return [buffer for part in module.modules() if isinstance(part, _BatchNorm) for buffer in part.buffers()]

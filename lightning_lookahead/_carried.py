@@ -25,45 +25,47 @@ Weights = Literal["slow", "fast"]
 
 OTHER: dict[Weights, Weights] = {"slow": "fast", "fast": "slow"}
 ENTRIES: dict[str, Weights] = {"lookahead_slow": "slow", "lookahead_fast": "fast"}
-"""Names of the entries, and what they carry."""
+"""Names of the entries that carry weights, and which ones."""
+PREFIX = "lookahead_"
+"""What the names of all entries begin with: beside a set of weights they carry the momentum after the last sync."""
 
 
 @dataclass
 class Carried:
-    """The set of weights that an optimizer's ``state_dict`` carried, by parameter.
+    """What an optimizer's ``state_dict`` carries for us, by name and parameter.
 
     Attributes:
-        weights: Which set it is.
-        values: Parameter -> its value in that set, of the parameter's shape.
+        entries: Name without its prefix (``"slow"``, ``"exp_avg"``) -> parameter -> value, of the parameter's shape.
     """
 
-    weights: Weights
-    values: dict[Tensor, Tensor] = field(default_factory=dict)
+    entries: dict[str, dict[Tensor, Tensor]] = field(default_factory=dict)
 
     def take(self, parameter: Tensor, own: dict[str, Any]) -> dict[str, Any]:
         """Take what one parameter's state carries, and return the rest of that state."""
-        for name, weights in ENTRIES.items():
-            if name not in own:
-                continue
+        for name in filter(_is_ours, own):
             shape = tuple(getattr(own[name], "shape", ["no tensor"]))
             if shape != tuple(parameter.shape):
                 message = (
-                    f"The checkpoint has {weights} weights of shape {shape} for a parameter of shape"
+                    f"The checkpoint has {ENTRIES.get(name, 'slow')} weights of shape {shape} for a parameter of shape"
                     f" {tuple(parameter.shape)}: it is of another model. Load it into the model that it was saved"
                     " from, or start a new run from its weights alone."
                 )
                 raise ValueError(message)
-            self.weights = weights
-            self.values[parameter] = own[name]
-        return {name: value for name, value in own.items() if name not in ENTRIES}
+            self.entries.setdefault(name.removeprefix(PREFIX), {})[parameter] = own[name]
+        return {name: value for name, value in own.items() if not _is_ours(name)}
+
+
+def _is_ours(name: object) -> bool:
+    return isinstance(name, str) and name.startswith(PREFIX)
 
 
 def pack(state_dict: dict[str, Any], optimizer: Optimizer, carried: Carried) -> dict[str, Any]:
     """Return the optimizer's ``state_dict`` with ``carried`` in it; neither the argument nor live state is changed."""
     state = dict(state_dict["state"])
     for parameter, key in _keys(state_dict, optimizer):
-        if parameter in carried.values:
-            state[key] = {**state.get(key, {}), f"lookahead_{carried.weights}": carried.values[parameter]}
+        entries = {PREFIX + name: values[parameter] for name, values in carried.entries.items() if parameter in values}
+        if entries:
+            state[key] = {**state.get(key, {}), **entries}
     return {**state_dict, "state": state}
 
 
@@ -81,14 +83,14 @@ def unpack(state_dict: dict[str, Any], optimizer: Optimizer) -> tuple[dict[str, 
     Raises:
         ValueError: If a carried tensor has another shape than its parameter.
     """
-    state, carried = dict(state_dict["state"]), Carried("slow")
+    state, carried = dict(state_dict["state"]), Carried()
     for parameter, key in _keys(state_dict, optimizer):
         if key in state:
             own = state.pop(key)
             rest = carried.take(parameter, own)
             if rest or not own:  # SGD without momentum has no state: then none is left, as it was before packing
                 state[key] = rest
-    return {**state_dict, "state": state}, carried if carried.values else None
+    return {**state_dict, "state": state}, carried if carried.entries else None
 
 
 def adopt(optimizer: Optimizer) -> Carried | None:
@@ -96,14 +98,14 @@ def adopt(optimizer: Optimizer) -> Carried | None:
 
     That is so where it was loaded before there were slow weights, or where its class loads in a way of its own.
     """
-    carried = Carried("slow")
+    carried = Carried()
     for parameter, own in list(optimizer.state.items()):
         rest = carried.take(parameter, own)
         if rest:
             optimizer.state[parameter] = rest
         elif own:
             del optimizer.state[parameter]
-    return carried if carried.values else None
+    return carried if carried.entries else None
 
 
 def _keys(state_dict: dict[str, Any], optimizer: Optimizer) -> Iterator[tuple[Tensor, Hashable]]:
@@ -112,8 +114,8 @@ def _keys(state_dict: dict[str, Any], optimizer: Optimizer) -> Iterator[tuple[Te
         yield from zip(live["params"], saved["params"], strict=True)
 
 
-def carried_in(path: str | os.PathLike[str], weights_only: bool | None = None) -> Weights | None:  # noqa: FBT001
-    """Which set of weights the optimizers' states carry in a checkpoint, a file or a folder of shards."""
+def carried_in(path: str | os.PathLike[str], weights_only: bool | None = None) -> set[str]:  # noqa: FBT001
+    """Names without their prefix of what the optimizers' states carry in a checkpoint, a file or a folder of shards."""
     path = Path(path)
     if path.is_dir():
         names = FileSystemReader(path).read_metadata().state_dict_metadata
@@ -122,5 +124,5 @@ def carried_in(path: str | os.PathLike[str], weights_only: bool | None = None) -
         states = torch.load(path, map_location="cpu", mmap=True, weights_only=weights_only).get("optimizer_states", [])
         found = {name for state in states for own in state.get("state", {}).values() for name in own}
     else:
-        return None  # which the strategy will say in its own words
-    return next((weights for name, weights in ENTRIES.items() if name in found), None)
+        return set()  # which the strategy will say in its own words
+    return {name.removeprefix(PREFIX) for name in filter(_is_ours, found)}

@@ -7,30 +7,73 @@ import warnings
 from numbers import Real
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
+import torch
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+NONFINITE = ("raise", "skip", "restore")
+"""What a sync may do with a value that is not finite."""
+
 VERSION = 1
 """Version of what a checkpoint holds of ours, raised when an older reader would get it wrong."""
 
 
-def check_k(k: SupportsIndex) -> int:
+def check_k(k: SupportsIndex, name: str = "k") -> int:
     """Return ``k`` as an int; raise unless it is an integer of at least 1."""
     if isinstance(k, bool) or not hasattr(k, "__index__") or operator.index(k) < 1:
-        message = f"k={k!r} is out of range: the inner steps between two syncs must be an integer of at least 1."
+        message = f"{name}={k!r} is out of range: the inner steps between two syncs must be an integer of at least 1."
         raise ValueError(message)
     return operator.index(k)
 
 
-def check_alpha(alpha: float) -> float:
+def check_alpha(alpha: float, name: str = "alpha") -> float:
     """Return ``alpha`` as a float; raise unless it is a number in (0, 1]."""
     if isinstance(alpha, bool) or not isinstance(alpha, Real) or not 0 < alpha <= 1:
-        message = f"alpha={alpha!r} is out of range: the slow weights step size must be a number in (0, 1]."
+        message = f"{name}={alpha!r} is out of range: the slow weights step size must be a number in (0, 1]."
         raise ValueError(message)
     return float(alpha)
+
+
+def check_choice(argument: str, value: object, choices: tuple[str, ...]) -> None:
+    """Raise unless ``value`` is one of the choices."""
+    if value not in choices:
+        message = f"{argument}={value!r} is unknown: give {' or '.join(map(repr, choices))}."
+        raise ValueError(message)
+
+
+def check_dtype(dtype: str | None) -> torch.dtype | None:
+    """Return the floating-point type of this name; raise if there is none."""
+    if dtype is None:
+        return None
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else None
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        message = (
+            f"slow_dtype={dtype!r} is unknown: give the name of a floating-point type, 'float32' or 'float64', say."
+        )
+        raise ValueError(message)
+    return found
+
+
+def check_device(device: str | None) -> torch.device | None:
+    """Return the device of this name; raise if there is none."""
+    if device is None:
+        return None
+    try:
+        return torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        message = f"slow_device={device!r} is unknown: give 'cpu', or leave it out."
+        raise ValueError(message) from error
+
+
+def check_start(start_step: int) -> int:
+    """Return ``start_step``; raise unless it is an integer of at least 0."""
+    if isinstance(start_step, bool) or not isinstance(start_step, int) or start_step < 0:
+        message = f"start_step={start_step!r} is out of range: it must be an integer of at least 0."
+        raise ValueError(message)
+    return start_step
 
 
 def check_weights(weights: str, argument: str = "weights") -> None:
@@ -56,11 +99,11 @@ def check_optimizer(optimizer: object) -> None:
         raise ValueError(message)
 
 
-def check_sharded_options(**options: bool) -> None:
+def check_sharded_options(**options: object) -> None:
     """Raise if an option is set that looks at all of the weights, where each rank has a piece of them only."""
     for name, value in options.items():
         if value:
-            message = f"{name}=True does not work with a strategy that shards the weights: leave it out."
+            message = f"{name}={value!r} does not work with a strategy that shards the weights: leave it out."
             raise ValueError(message)
 
 
@@ -84,10 +127,21 @@ def check_counters(counters: object) -> None:
         if isinstance(value, bool) or not isinstance(value, int) or value < 0:
             message = f"state_dict[{name!r}] is {value!r}; it must be an integer of at least 0."
             raise ValueError(message)
+    groups = counters.get("groups", [])
+    if not isinstance(groups, list) or not all(_is_group(group, counters["steps"]) for group in groups):
+        message = f"state_dict['groups'] is {groups!r}; it must be a list of dicts of steps_since_sync and syncs."
+        raise ValueError(message)
     since, total = counters["steps_since_sync"], counters["steps"]
     if since > total:
         message = f"state_dict has steps_since_sync={since} and steps={total}; it cannot be more."
         raise ValueError(message)
+
+
+def _is_group(group: object, total: int) -> bool:
+    if not isinstance(group, dict):
+        return False
+    counts = [group.get("steps_since_sync"), group.get("syncs")]
+    return all(type(count) is int and 0 <= count <= total for count in counts)
 
 
 def check_saved(state: object, where: object = "The checkpoint") -> None:

@@ -31,7 +31,7 @@ def is_rehearsal(optimizer: Optimizer) -> bool:
 
 
 class InnerSteps:
-    """Counts the real steps of one optimizer, in all and since the last sync.
+    """Counts the real steps of one optimizer.
 
     A step does not count if no parameter had a gradient (Lightning calls ``step()`` all the same when
     ``training_step`` returned None) or if a gradient scaler skipped it.
@@ -39,7 +39,6 @@ class InnerSteps:
 
     def __init__(self) -> None:
         self._total = 0
-        self._at_sync = 0
         self._skipped: Tensor | None = None  # skipped inside fused kernels: summed on the device, not read yet
         self._open = False
 
@@ -62,6 +61,11 @@ class InnerSteps:
         return True
 
     @property
+    def counted(self) -> int:
+        """Inner steps so far, with those that a fused kernel may have skipped: reads nothing from the device."""
+        return self._total
+
+    @property
     def total(self) -> int:
         """Inner steps so far. Reads one number from the device if a fused optimizer and a scaler are used."""
         if self._skipped is not None:
@@ -69,21 +73,11 @@ class InnerSteps:
             self._skipped = None
         return self._total
 
-    @property
-    def since_sync(self) -> int:
-        """Inner steps since the last sync; reads as `total` does."""
-        return self.total - self._at_sync
+    def reached(self, number: int) -> bool:
+        """Whether so many inner steps were taken; reads the device only if it may be so."""
+        return self._total >= number and self.total >= number
 
-    def reached(self, k: int) -> bool:
-        """Whether ``k`` inner steps were taken since the last sync; reads the device only if it may be so."""
-        return self._total - self._at_sync >= k and self.since_sync >= k
-
-    def restart_cycle(self) -> None:
-        """Count from zero to the next sync."""
-        self._at_sync = self.total
-
-    def restore(self, total: int, since_sync: int) -> None:
-        """Go on from saved counts."""
+    def restore(self, total: int) -> None:
+        """Go on from a saved count."""
         self._skipped = None
         self._total = total
-        self._at_sync = total - since_sync

@@ -8,6 +8,8 @@ are told by name.
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, cast
 
 from lightning_lookahead._tracked import parameters_of
@@ -41,8 +43,10 @@ __all__ = [
     "is_a",
     "isolate_rng",
     "join_packages",
+    "matching",
     "names_of",
     "root_of",
+    "training_loss",
 ]
 
 TUNERS = {"BatchSizeFinder", "LearningRateFinder"}
@@ -82,6 +86,17 @@ def datamodule_of(trainer: Trainer) -> Any:
     return trainer.datamodule  # type: ignore[attr-defined]  # set by a part of the Trainer
 
 
+def training_loss(trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> Tensor:
+    """What ``training_step`` returns for a batch, once more, without what it logs."""
+    pl_module.log = lambda *_, **__: None  # type: ignore[method-assign]
+    try:
+        with trainer.precision_plugin.train_step_context():
+            output = pl_module.training_step(batch, batch_idx)
+    finally:
+        del pl_module.log
+    return cast("Tensor", output["loss"] if isinstance(output, Mapping) else output)
+
+
 def root_of(strategy: Strategy) -> nn.Module:
     """The module as the strategy has wrapped it, from the start of a run on."""
     return cast("nn.Module", strategy.model)
@@ -93,6 +108,21 @@ def names_of(pl_module: LightningModule) -> dict[Tensor, list[str]]:
     for name, parameter in pl_module.named_parameters(remove_duplicate=False):
         names.setdefault(parameter, []).append(name.replace("_fsdp_wrapped_module.", ""))
     return names
+
+
+def matching(patterns: list[str], pl_module: LightningModule) -> list[Tensor]:
+    """The parameters with a name that matches one of the patterns; raises if one matches none."""
+    found: dict[Tensor, None] = {}
+    names = names_of(pl_module)
+    for pattern in patterns:
+        own = [parameter for parameter, its in names.items() if any(fnmatchcase(name, pattern) for name in its)]
+        if not own:
+            message = (
+                f"exclude={pattern!r} matches no parameter: names are {', '.join(its[0] for its in names.values())}."
+            )
+            raise ValueError(message)
+        found.update(dict.fromkeys(own))
+    return list(found)
 
 
 def check_trainer(trainer: Trainer) -> None:

@@ -12,7 +12,7 @@ from lightning_lookahead._sharding import reshard
 from lightning_lookahead._tensors import copies, copy_, place
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Collection, Iterator
 
     from torch import nn
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def state_dict_of_slow(
-    module_state_dict: Callable[[], dict[str, Any]], slow_weights: Iterable[SlowWeights]
+    module_state_dict: Callable[[], dict[str, Any]], slow_weights: Collection[SlowWeights]
 ) -> dict[str, Any] | None:
     """A module's ``state_dict`` with phi in place of theta, whatever the module holds, without touching its weights.
 
@@ -31,12 +31,15 @@ def state_dict_of_slow(
         return None
     state_dict = module_state_dict()
     pairs = [pair for slow in slow_weights if slow.holds == "fast" for pair in slow.values("slow").items()]
-    by_place = {place(fast): phi for fast, phi in pairs if fast.numel()}
+    for slow in slow_weights:
+        if slow.buffers is not None and slow.holds == "fast":
+            pairs += zip(slow.buffers.live, slow.buffers.kept, strict=True)
+    by_place = {place(fast): (fast.dtype, phi) for fast, phi in pairs if fast.numel()}
     missing = set(by_place)
     for name, value in state_dict.items():
         where = place(value) if isinstance(value, torch.Tensor) else ()
-        if where in by_place and value.dtype == by_place[where].dtype:
-            state_dict[name] = by_place[where].detach()
+        if where in by_place and value.dtype == by_place[where][0]:
+            state_dict[name] = by_place[where][1].detach().to(value)
             missing.discard(where)
     return None if missing else state_dict
 

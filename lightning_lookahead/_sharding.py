@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
+from torch import distributed
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.fsdp._runtime_utils import _reshard
 from torch.distributed.tensor import DTensor
@@ -40,6 +42,13 @@ def reshard(module: nn.Module) -> None:
             # no public way: leaving `summon_full_params` does not free what a forward has left behind.
             if handle is not None and handle.uses_sharded_strategy and hasattr(handle.flat_param, "_full_param_padded"):
                 _reshard(part, handle, True)  # noqa: FBT003
+
+
+def any_rank(flag: bool, device: torch.device) -> bool:  # noqa: FBT001
+    """Whether the flag is set on any rank; one collective of one number."""
+    found = torch.tensor(float(flag), device=device)
+    distributed.all_reduce(found, op=distributed.ReduceOp.MAX)
+    return bool(found.item())
 
 
 def entry(module: nn.Module, root: nn.Module) -> nn.Module:

@@ -1,7 +1,8 @@
 """Arithmetic over lists of tensors, in place: the only file that knows how torch batches it.
 
 Those that move values take lists of equal length whose tensors match pairwise in shape, dtype and placement, work under
-``no_grad``, and issue no collective and no host synchronisation: of a sharded tensor they see this rank's piece.
+``no_grad``, and issue no collective and no host synchronisation (but for
+`not_finite`): of a sharded tensor they see this rank's piece.
 """
 
 from __future__ import annotations
@@ -54,8 +55,14 @@ def interpolate_(slow: Collection[Tensor], fast: Collection[Tensor], alpha: floa
     ``lerp`` computes it from the nearer end (``fast - (1 - alpha) * (fast - slow)`` from one half on), without a
     temporary, so that ``alpha=1`` gives ``fast`` exactly; ``slow + 1 * (fast - slow)`` would not.
     """
-    if slow:
-        torch._foreach_lerp_(local(slow), local(fast), alpha)
+    pairs = list(zip(local(slow), local(fast), strict=True))
+    alike = [(phi, theta) for phi, theta in pairs if phi.dtype == theta.dtype and phi.device == theta.device]
+    if alike:
+        torch._foreach_lerp_([phi for phi, _ in alike], [theta for _, theta in alike], alpha)
+    if len(alike) < len(pairs):
+        for phi, theta in pairs:
+            if phi.dtype != theta.dtype or phi.device != theta.device:
+                phi.lerp_(theta.to(phi), alpha)  # one tensor more at a time
 
 
 @torch.no_grad()
@@ -80,11 +87,23 @@ def exchange_(left: Collection[Tensor], right: Collection[Tensor]) -> None:
 
 
 @torch.no_grad()
+def not_finite(tensors: Collection[Tensor]) -> list[int]:
+    """Which of the tensors have a value that is infinite or no number; waits for the device once."""
+    listed = local(tensors)
+    filled = [index for index, tensor in enumerate(listed) if tensor.numel()]
+    if not filled:
+        return []
+    largest = torch._foreach_norm([listed[index] for index in filled], float("inf"))
+    finite = torch.stack([norm.to(largest[0].device) for norm in largest]).isfinite().tolist()
+    return [index for index, fine in zip(filled, finite, strict=True) if not fine]
+
+
+@torch.no_grad()
 def distance(left: Collection[Tensor], right: Collection[Tensor]) -> Tensor:
     """Euclidean distance between two lists seen as two long vectors: a 0-dim tensor on the first one's device."""
     if not left:
         return torch.tensor(0.0)
-    norms = [_norm(a - b) for a, b in zip(local(left), local(right), strict=True)]
+    norms = [_norm(a - b.to(a.device)) for a, b in zip(local(left), local(right), strict=True)]
     total: Tensor = torch.linalg.vector_norm(torch.stack([norm.to(norms[0]) for norm in norms]))
     return total
 

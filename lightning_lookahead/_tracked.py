@@ -5,13 +5,18 @@ from __future__ import annotations
 import operator
 from typing import TYPE_CHECKING
 
-from lightning_lookahead._tensors import copies, place
+import torch
+
+from lightning_lookahead._offload import Offload
+from lightning_lookahead._tensors import copies, copy_, exchange_, place
 
 if TYPE_CHECKING:
     from collections.abc import Collection
 
     from torch import Tensor
     from torch.optim import Optimizer
+
+    from lightning_lookahead._carried import Weights
 
 
 def parameters_of(optimizer: Optimizer) -> list[Tensor]:
@@ -23,38 +28,68 @@ class Tracked:
     """The trained parameters of an optimizer, each with a tensor that starts from its value when it appears.
 
     Parameters that need no gradient are left out until they do; those on one storage count once. A parameter that was
-    trained stays although it is frozen later.
+    trained stays although it is frozen later. Those to exclude are left out whatever they need.
+
+    The second tensor holds the set of weights that the parameter does not hold. Where it is *apart*, of another dtype
+    or on another device than its parameter, it holds the slow weights always, so that they are never rounded; then a
+    third tensor keeps the fast weights while the parameter holds the slow ones.
+
+    Args:
+        optimizer: The optimizer.
+        exclude: Parameters to leave out.
+        dtype: Of the second tensors; by default the parameter's, but at least float32.
+        device: Of the second tensors; by default the parameter's.
 
     Attributes:
-        kept: Trained parameter -> its second tensor.
+        holds: Which weights the parameters hold.
         stepped: Parameters that a step may move: the trained ones and those on the same storage.
     """
 
-    def __init__(self, optimizer: Optimizer) -> None:
-        self.kept: dict[Tensor, Tensor] = {}
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        exclude: Collection[Tensor] = (),
+        dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
+    ) -> None:
+        self._kept: dict[Tensor, Tensor] = {}
+        self._offload = Offload()
+        self.holds: Weights = "fast"
         self.stepped: list[Tensor] = []
+        self._aside: dict[Tensor, Tensor] = {}  # fast weights of those that are apart, while they hold the slow ones
         self._optimizer = optimizer
+        self._exclude = set(exclude)
+        self._dtype, self._device = dtype, device
         self._listed: list[Tensor] = []
         self._idle: list[Tensor] = []
         self.update()
+
+    @property
+    def kept(self) -> dict[Tensor, Tensor]:
+        """Trained parameter -> its second tensor."""
+        self._offload.wait()
+        return self._kept
 
     def update(self, also: Collection[Tensor] = ()) -> None:
         """Look at the optimizer's groups again; take in ``also``, whether they need a gradient or not."""
         self._listed = parameters_of(self._optimizer)
         places = {place(parameter): parameter for parameter in reversed(self._listed)}
         single = dict.fromkeys(reversed(places.values()))
-        trained = [p for p in single if p in self.kept or p.requires_grad or p in also]
+        trained = [p for p in single if (p in self.kept or p.requires_grad or p in also) and p not in self._exclude]
         new = [parameter for parameter in trained if parameter not in self.kept]
-        known = {**self.kept, **dict(zip(new, copies(new), strict=True))}
-        self.kept = {parameter: known[parameter] for parameter in trained}
+        known = {**self.kept, **dict(zip(new, self._second(new), strict=True))}
+        self._kept = {parameter: known[parameter] for parameter in trained}
         self.stepped = [parameter for parameter in self._listed if places[place(parameter)] in self.kept]
         self._idle = [parameter for parameter in single if parameter not in self.kept]
 
-    def update_if_more(self) -> None:
-        """Take in parameters that were added or unfrozen; costs nothing per trained parameter."""
+    def update_if_more(self) -> bool:
+        """Take in parameters that were added or unfrozen, and say if there are any; costs nothing per trained one."""
         listed = sum(len(group["params"]) for group in self._optimizer.param_groups)
-        if listed != len(self._listed) or any(parameter.requires_grad for parameter in self._idle):
+        unfrozen = (parameter.requires_grad and parameter not in self._exclude for parameter in self._idle)
+        if listed != len(self._listed) or any(unfrozen):
             self.update()
+            return True
+        return False
 
     def update_if_other(self) -> None:
         """Take in parameters that were put in the place of others."""
@@ -62,5 +97,71 @@ class Tracked:
             self.update()
 
     def follow(self) -> None:
-        """Move each second tensor to where its parameter is now."""
-        self.kept = {parameter: kept.to(parameter.device) for parameter, kept in self.kept.items()}
+        """Move what is kept to where its parameter is now, unless it has a place of its own."""
+        if self._device is None:
+            self._kept = {parameter: kept.to(parameter.device) for parameter, kept in self.kept.items()}
+            self._aside = {parameter: fast.to(parameter.device) for parameter, fast in self._aside.items()}
+
+    # -- syncing
+
+    def prepare(self) -> None:
+        """Say that a sync comes after the next step: what is on the CPU can set out for the GPU."""
+        self._offload.fetch(self._remote(self._kept))
+
+    def beside(self, pairs: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
+        """Theta -> phi, on theta's device, for a sync."""
+        return {**pairs, **self._offload.take(self._remote(pairs))}
+
+    def put_away(self, pairs: dict[Tensor, Tensor], beside: dict[Tensor, Tensor]) -> None:
+        """Keep the values of ``beside`` where they are kept."""
+        self._offload.store(self._remote(pairs), beside)
+
+    def _remote(self, pairs: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
+        return {theta: phi for theta, phi in pairs.items() if theta.is_cuda and not phi.is_cuda}
+
+    # -- either set
+
+    def values(self, weights: Weights) -> dict[Tensor, Tensor]:
+        """Each trained parameter and its value in ``weights``: live tensors, not copies."""
+        if weights == "fast":
+            return {p: p for p in self.kept} if self.holds == "fast" else {**self.kept, **self._aside}
+        held = set() if self.holds == "fast" else {p for p in self.kept if not self.is_apart(p)}
+        return {parameter: parameter if parameter in held else kept for parameter, kept in self.kept.items()}
+
+    @torch.inference_mode(mode=False)  # in which Lightning validates; what is kept outlives it
+    def put(self, weights: Weights) -> None:
+        """Let the parameters hold ``weights``; all of them do, or none if there is no memory for it."""
+        if weights == self.holds:
+            return
+        apart = [parameter for parameter in self.kept if self.is_apart(parameter)]
+        together = {parameter: kept for parameter, kept in self.kept.items() if parameter not in set(apart)}
+        if weights == "slow":
+            self._aside = {parameter: parameter.detach().to(self._device, copy=True) for parameter in apart}
+        exchange_(together, together.values())
+        copy_(apart, [self.kept[p] if weights == "slow" else self._aside[p] for p in apart])
+        if weights == "fast":
+            self._aside = {}
+        self.holds = weights
+
+    def is_apart(self, parameter: Tensor) -> bool:
+        """Whether its second tensor is of another dtype or on another device."""
+        kept = self.kept[parameter]
+        return kept.dtype != parameter.dtype or kept.device != parameter.device
+
+    def end_swap(self) -> None:
+        """Take what the parameters hold now for the fast weights: something was loaded into them."""
+        self.holds, self._aside = "fast", {}
+
+    @torch.inference_mode(mode=False)
+    def _second(self, parameters: list[Tensor]) -> list[Tensor]:
+        seconds = [second.to(self._device, self._dtype_of(second)) for second in copies(parameters)]
+        remote = self._device is not None and self._device.type == "cpu"
+        return [
+            second.pin_memory() if remote and parameter.is_cuda else second
+            for parameter, second in zip(parameters, seconds, strict=True)
+        ]
+
+    def _dtype_of(self, tensor: Tensor) -> torch.dtype:
+        if not tensor.is_floating_point():
+            return tensor.dtype
+        return self._dtype or torch.promote_types(tensor.dtype, torch.float32)

@@ -9,12 +9,16 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from typing_extensions import override
 
-from lightning_lookahead._batch_norm import check_recalibrate, check_statistics
+from lightning_lookahead._batch_norm import check_recalibrate
+from lightning_lookahead._buffers import check_statistics
 from lightning_lookahead._checks import (
-    check_alpha,
-    check_k,
+    NONFINITE,
+    check_choice,
+    check_device,
+    check_dtype,
     check_optimizer,
     check_sharded_options,
+    check_start,
     check_weights,
 )
 from lightning_lookahead._lightning import (
@@ -25,17 +29,26 @@ from lightning_lookahead._lightning import (
     check_trainer,
     is_a,
     join_packages,
+    matching,
     names_of,
+    training_loss,
 )
 from lightning_lookahead._ranks import check_ranks
 from lightning_lookahead._saving import SavingCallback
+from lightning_lookahead._undisturbed import undisturbed
+from lightning_lookahead.adaptive import AdaptiveAlpha, TrainingLoss
+from lightning_lookahead.momentum import MODES
 from lightning_lookahead.slow_weights import SlowWeights
+from lightning_lookahead.step_size import check_length, check_step_size, describe
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
     from lightning_lookahead._carried import Weights
+    from lightning_lookahead.momentum import Mode
     from lightning_lookahead.monitor import InnerOuterMonitor
+    from lightning_lookahead.slow_weights import Nonfinite
+    from lightning_lookahead.step_size import Length, StepSize
 
 
 class LookaheadCallback(SavingCallback):
@@ -46,11 +59,30 @@ class LookaheadCallback(SavingCallback):
     A run that is stopped and resumed, at any step, is the uninterrupted run bit for bit.
 
     Args:
-        k: Inner steps from one sync to the next; at least 1.
-        alpha: Slow weights step size, in (0, 1]; 1 leaves the inner optimizer as it is.
+        k: Inner steps from one sync to the next; at least 1. Or a schedule over syncs, `Linear`, say.
+            An optimizer's group with a ``"lookahead_k"`` of its own has cycles of its own.
+        alpha: Slow weights step size, in (0, 1]; 1 leaves the inner optimizer as it is. Or a schedule, and a group's
+            own ``"lookahead_alpha"``, as for ``k``; or an `AdaptiveAlpha`. What changes is logged as
+            ``lookahead/alpha``.
         eval_weights: The weights that validation sees, that a checkpoint's ``state_dict`` holds and that the module
             holds after fit: ``"slow"`` (phi, what the algorithm returns) or ``"fast"`` (theta).
-        pullback_momentum: What a sync does to the inner optimizer's momentum: ``"none"`` leaves it alone.
+        pullback_momentum: What a sync does to the inner optimizer's state: ``"none"`` leaves it alone, ``"reset"``
+            makes it that of a new optimizer, ``"pullback"`` lets its momentum go the way of the weights, with alpha
+            from where it was after the last sync.
+        start_step: Inner steps before the first cycle begins; until then there is one set of weights.
+        unfinished_cycle: What the end of training does to a cycle that has not ended: ``"drop"`` leaves phi as it was
+            after the last sync (Algorithm 1), ``"sync"`` syncs once more.
+        exclude: Parameters to leave alone, by patterns of their names (``"*.bias"``, ``"head.*"``).
+        sync_optimizers: ``"independently"``: each optimizer counts and syncs for itself. ``"together"``: all sync when
+            each has taken its ``k`` steps (Lookahead-Minmax for GANs).
+        nonfinite: What a sync does if a fast weight is infinite or no number: ``"raise"``, ``"skip"`` this sync, or
+            ``"restore"`` the weights of the last sync, with the inner optimizer's state that of a new one.
+        slow_dtype: Floating-point type of the slow weights; by default the parameters', but at least float32, so that
+            they keep progress that is too small for a parameter in bfloat16.
+        buffers: What a sync does to BatchNorm's running means and variances: ``"keep"`` leaves them alone, ``"sync"``
+            moves them as it does weights. With several optimizers it does so when the first one syncs.
+        slow_device: Where the slow weights are kept: ``"cpu"`` leaves the GPU's memory free; by default beside the
+            parameters.
         monitor: Evaluates held-out data after every inner step of a window, as in the paper's Figure 10.
         recalibrate_batch_norm: Before each validation, gather BatchNorm's statistics anew with the slow weights, from
             all training batches (``True``) or the first so many: those at hand were gathered with fast weights. After
@@ -79,10 +111,18 @@ class LookaheadCallback(SavingCallback):
 
     def __init__(  # noqa: PLR0917
         self,
-        k: int = 5,
-        alpha: float = 0.5,
+        k: Length = 5,
+        alpha: StepSize = 0.5,
         eval_weights: Weights = "slow",
-        pullback_momentum: Literal["none"] = "none",
+        pullback_momentum: Mode = "none",
+        start_step: int = 0,
+        unfinished_cycle: Literal["drop", "sync"] = "drop",
+        exclude: str | list[str] | None = None,
+        sync_optimizers: Literal["independently", "together"] = "independently",
+        nonfinite: Nonfinite = "raise",
+        slow_dtype: str | None = None,
+        slow_device: str | None = None,
+        buffers: Literal["keep", "sync"] = "keep",
         monitor: InnerOuterMonitor | None = None,
         recalibrate_batch_norm: bool | int = False,  # noqa: FBT001, FBT002
         log_syncs: bool = True,  # noqa: FBT001, FBT002 (YAML and the command line name every argument)
@@ -92,11 +132,23 @@ class LookaheadCallback(SavingCallback):
         join_packages(LookaheadCallback)
         super().__init__()
         check_weights(eval_weights, "eval_weights")
-        if pullback_momentum != "none":
-            message = f"pullback_momentum={pullback_momentum!r} is unknown: give 'none'."
-            raise ValueError(message)
-        self.k = check_k(k)
-        self.alpha = check_alpha(alpha)
+        check_choice("pullback_momentum", pullback_momentum, MODES)
+        check_choice("unfinished_cycle", unfinished_cycle, ("drop", "sync"))
+        check_choice("sync_optimizers", sync_optimizers, ("independently", "together"))
+        check_choice("nonfinite", nonfinite, NONFINITE)
+        check_choice("buffers", buffers, ("keep", "sync"))
+        self.k = check_length(k)
+        self.alpha = check_step_size(alpha)
+        self.start_step = check_start(start_step)
+        self.unfinished_cycle = unfinished_cycle
+        self.exclude = [exclude] if isinstance(exclude, str) else list(exclude or [])
+        self.sync_optimizers = sync_optimizers
+        self.nonfinite = nonfinite
+        check_dtype(slow_dtype)
+        check_device(slow_device)
+        self.slow_dtype = slow_dtype
+        self.slow_device = slow_device
+        self.buffers = buffers
         self.eval_weights: Weights = eval_weights
         self.pullback_momentum = pullback_momentum
         check_recalibrate(recalibrate_batch_norm)
@@ -139,22 +191,38 @@ class LookaheadCallback(SavingCallback):
         for optimizer in optimizers:
             check_optimizer(optimizer)
         check_disjoint(optimizers, pl_module)
+        excluded = matching(self.exclude, pl_module)
         self.slow_weights = [
             SlowWeights(
                 optimizer,
                 self.k,
                 self.alpha,
                 sync_in_step=False,
+                start_step=self.start_step,
+                exclude=excluded,
+                pullback_momentum=self.pullback_momentum,
+                nonfinite=self.nonfinite,
+                slow_dtype=self.slow_dtype,
+                slow_device=self.slow_device,
+                buffers=self.buffers if index == 0 else "keep",
                 module=trainer.strategy.model,
                 model_weights=self.eval_weights,
                 measure_distance=self.log_distance,
             )
-            for optimizer in optimizers
+            for index, optimizer in enumerate(optimizers)
         ]
         if any(slow.sharded for slow in self.slow_weights):
-            check_sharded_options(log_distance=self.log_distance, check_ranks=self.check_ranks)
+            check_sharded_options(
+                log_distance=self.log_distance, check_ranks=self.check_ranks, slow_device=self.slow_device
+            )
         if self.recalibrate_batch_norm:
-            check_statistics(pl_module)
+            check_statistics(pl_module, "recalibrate_batch_norm")
+        if self._needs_loss and not pl_module.automatic_optimization:
+            message = (
+                f"alpha={self.alpha} needs the loss that training_step returns, and this module optimizes by hand: take"
+                " AdaptiveAlpha('fisher'), a number or a schedule."
+            )
+            raise ValueError(message)
         if not pl_module.automatic_optimization:
             self._step_hooks = [
                 slow.optimizer.register_step_post_hook(functools.partial(self._after_step, trainer, slow))
@@ -178,6 +246,9 @@ class LookaheadCallback(SavingCallback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         for index, slow in enumerate(self.slow_weights):
+            if self._needs_loss:
+                loss = functools.partial(training_loss, trainer, pl_module, batch, batch_idx)
+                slow.loss = TrainingLoss(loss, functools.partial(undisturbed, pl_module))
             self._after_step(trainer, slow)
             if slow.syncs != self._logged[index]:
                 self._logged[index] = slow.syncs
@@ -193,10 +264,28 @@ class LookaheadCallback(SavingCallback):
         monitor = self.monitor if slow is self.slow_weights[0] else None
         if monitor is not None:
             monitor.after_step(trainer, slow)
-        if slow.due:
+        together = self.slow_weights if self.sync_optimizers == "together" else [slow]
+        if all(other.due for other in together):
+            for other in together:
+                other.sync()
+            if self.monitor is not None and self.slow_weights[0] in together:
+                self.monitor.after_sync(trainer, self.slow_weights[0])
+
+    @property
+    def _needs_loss(self) -> bool:
+        return isinstance(self.alpha, AdaptiveAlpha) and self.alpha.needs_loss
+
+    def sync_now(self) -> None:
+        """Do the outer step of every optimizer now, wherever in its cycle it is; a new cycle begins.
+
+        Raises:
+            RuntimeError: Outside of a fit, or while the module holds the slow weights (in validation).
+        """
+        if not self._counting():
+            message = "sync_now() was called outside of a fit: there is nothing to sync."
+            raise RuntimeError(message)
+        for slow in self._counting():
             slow.sync()
-            if monitor is not None:
-                monitor.after_sync(trainer, slow)
 
     def _log(self, trainer: Trainer, pl_module: LightningModule, slow: SlowWeights, suffix: str) -> None:
         if trainer.barebones:
@@ -204,6 +293,8 @@ class LookaheadCallback(SavingCallback):
         if self.log_syncs:
             # A CPU tensor: with a number Lightning makes one on the device, which the progress bar then waits for.
             pl_module.log(f"lookahead/syncs{suffix}", torch.tensor(float(slow.syncs)), prog_bar=True)
+        if slow.last_alpha is not None and slow.changes_alpha:
+            pl_module.log(f"lookahead/alpha{suffix}", torch.tensor(slow.last_alpha), prog_bar=True)
         if slow.last_distance is not None:
             pl_module.log(f"lookahead/distance{suffix}", slow.last_distance, prog_bar=True)
 
@@ -211,6 +302,10 @@ class LookaheadCallback(SavingCallback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.monitor is not None:
             self.monitor.end(trainer)
+        if self.unfinished_cycle == "sync":
+            for slow in self._counting():
+                if slow.steps_since_sync:
+                    slow.sync()
         self._finish(trainer)
 
     @override
@@ -264,8 +359,8 @@ class LookaheadCallback(SavingCallback):
 
     def _settings(self) -> dict[str, Any]:
         return {
-            "k": self.k,
-            "alpha": self.alpha,
+            "k": describe(self.k),
+            "alpha": describe(self.alpha),
             "eval_weights": self.eval_weights,
             "pullback_momentum": self.pullback_momentum,
         }

@@ -2,30 +2,45 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from lightning_lookahead._buffers import SlowBuffers, check_statistics
 from lightning_lookahead._carried import OTHER, Carried, Weights, adopt, fits, pack, unpack
 from lightning_lookahead._checks import (
-    check_alpha,
+    NONFINITE,
+    check_choice,
     check_counters,
-    check_k,
+    check_device,
+    check_dtype,
     check_materialized,
     check_optimizer,
+    check_start,
     check_weights,
     warn_of_differences,
 )
+from lightning_lookahead._cycles import Cycle, Cycles
 from lightning_lookahead._inner_steps import InnerSteps, is_rehearsal
-from lightning_lookahead._sharding import is_sharded, reshard
-from lightning_lookahead._tensors import checksum, copies, copy_, distance, exchange_, interpolate_
+from lightning_lookahead._sharding import any_rank, is_sharded, reshard
+from lightning_lookahead._tensors import checksum, copies, copy_, distance, interpolate_, not_finite
 from lightning_lookahead._tracked import Tracked, parameters_of
+from lightning_lookahead.adaptive import AdaptiveAlpha, TrainingLoss
+from lightning_lookahead.momentum import Mode, Momentum, state_names
+from lightning_lookahead.step_size import Length, StepSize, alpha_at, describe
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Collection, Iterable, Iterator
 
     from torch import Tensor, nn
     from torch.optim import Optimizer
+
+
+Nonfinite = Literal["raise", "skip", "restore"]
 
 
 class SlowWeights:
@@ -46,20 +61,37 @@ class SlowWeights:
     Args:
         optimizer: The inner optimizer, any `torch.optim.Optimizer`. Its parameters must be where they will be trained
             (device, shard). Parameters that need no gradient are left alone, until they do; added ones join.
-        k: Inner steps from one sync to the next; at least 1.
+        k: Inner steps from one sync to the next; at least 1. A function makes it of the number of syncs done, see
+            `lightning_lookahead.Linear` and its like. A group's own ``"lookahead_k"`` goes before it.
         alpha: Slow weights step size, the fraction of the way to go, in (0, 1]. 1 leaves the inner optimizer as it is.
+            Or a function as for ``k``; a group's own ``"lookahead_alpha"`` goes before it.
         module: The module that the parameters belong to, as FSDP or a `Fabric` returned it. Needed if they are sharded.
         sync_in_step: Sync by itself at the end of the k-th ``optimizer.step()``; ``False`` leaves it to the caller,
             who calls `sync` when `due`.
         model_weights: The weights that the model's own ``state_dict`` holds in checkpoints; ``optimizer.state_dict()``
             carries the others. ``None``: those that the parameters hold when it is called.
+        start_step: Inner steps before the first cycle begins; until then phi is theta.
+        exclude: Parameters to leave alone.
+        pullback_momentum: What a sync does to the optimizer's state, see `lightning_lookahead.momentum.Momentum`:
+            ``"none"``, ``"reset"`` or ``"pullback"``.
+        nonfinite: What a sync does if a fast weight is infinite or no number: ``"raise"``, with phi as it was;
+            ``"skip"``: leave out this sync; ``"restore"``: put theta back to phi and make the optimizer's state that
+            of a new one.
+        slow_dtype: Floating-point type of the slow weights, ``"float64"``, say; by default the parameters', at least
+            float32, so that they keep progress that is too small for a parameter in bfloat16.
+        slow_device: Device that the slow weights are kept on, ``"cpu"``, say; by default the parameters'.
+        buffers: What a sync does to the running means and variances of ``module``'s BatchNorm layers: ``"keep"`` leaves
+            them alone, ``"sync"`` moves them as it does weights.
+        loss: A function that computes the training loss at the weights that the parameters hold, of the last batch
+            say, for an `AdaptiveAlpha` that needs it.
         measure_distance: Keep the Euclidean distance between theta and phi just before each sync in `last_distance`,
             a 0-dim tensor on the parameters' device.
 
     Raises:
         TypeError: If ``optimizer`` is not a torch optimizer.
         ValueError: If ``k`` or ``alpha`` is out of range, the optimizer trains no parameter, has parameters without
-            values, has slow weights already, or is itself a Lookahead wrapper.
+            values, has slow weights already, or is itself a Lookahead wrapper; if a mode is unknown or would do
+            nothing.
 
     Example:
         >>> import torch
@@ -79,45 +111,64 @@ class SlowWeights:
     def __init__(
         self,
         optimizer: Optimizer,
-        k: int = 5,
-        alpha: float = 0.5,
+        k: Length = 5,
+        alpha: StepSize = 0.5,
         *,
         module: nn.Module | None = None,
         sync_in_step: bool = True,
         model_weights: Weights | None = None,
+        start_step: int = 0,
+        exclude: Iterable[Tensor] = (),
+        pullback_momentum: Mode = "none",
+        nonfinite: Nonfinite = "raise",
+        slow_dtype: str | None = None,
+        slow_device: str | None = None,
+        buffers: Literal["keep", "sync"] = "keep",
+        loss: Callable[[], Tensor] | None = None,
         measure_distance: bool = False,
     ) -> None:
         check_optimizer(optimizer)
         if model_weights is not None:
             check_weights(model_weights, "model_weights")
-        if any(isinstance(getattr(hook, "__self__", None), SlowWeights) for hook in _state_hooks_of(optimizer)):
-            message = "optimizer has slow weights already, which would pull back twice: close() those first."
-            raise ValueError(message)
-        check_materialized(parameters_of(optimizer))
-        sharded = is_sharded(module, parameters_of(optimizer))
-        if sharded and module is None:
-            message = "optimizer has sharded parameters: give the module that they belong to, too, as module=."
-            raise ValueError(message)
-        self.k = check_k(k)
-        self.alpha = check_alpha(alpha)
-        self.syncs = 0
-        """Syncs done so far."""
-        self.holds: Weights = "fast"
-        """Which weights the parameters hold now; the other set is kept here."""
+        sharded = _check_parameters(optimizer, module)
+        self.optimizer = optimizer
+        self._sync_in_step = sync_in_step
+        check_choice("nonfinite", nonfinite, NONFINITE)
+        check_choice("buffers", buffers, ("keep", "sync"))
+        if buffers == "sync":
+            check_statistics(module, "buffers='sync'")
+        self.buffers = SlowBuffers(module) if module is not None and buffers == "sync" else None
+        """Slow BatchNorm statistics, if there are any."""
+        self._restored_buffers: dict[str, Any] = {}
+        self.k = k
+        self.alpha = alpha
+        self._start_step = check_start(start_step)
+        self._cycles = Cycles(optimizer, k, alpha, start_step)
+        self._momentum = Momentum(optimizer, pullback_momentum)
+        self.loss = TrainingLoss(loss) if loss is not None else None
+        """The training loss of the last batch, for an alpha that needs it."""
+        if isinstance(alpha, AdaptiveAlpha):
+            self._check_adaptive(alpha, sharded=sharded)
+        self._nonfinite = nonfinite
+        self._keeps_elsewhere = slow_device is not None
+        self.last_alpha: float | None = None
+        """The step size of the last sync."""
         self.last_distance: Tensor | None = None
         """How far theta and phi were apart just before the last sync, over all trained parameters; if measured."""
         self._measure_distance = measure_distance
-        self.optimizer = optimizer
+        self._module = module
         self._sharded = module if sharded else None  # the module whose shards these are
-        self._sync_in_step = sync_in_step
         self._model_weights = model_weights
         self._inner_steps = InnerSteps()
         self._started = False  # until the first step phi follows the parameters
         self._restored: Carried | None = None  # loaded with the optimizer's state, not yet put in place
         self._checksums: list[int] = []  # of the parameters beside which those were saved, in the optimizer's order
-        self._expected: Literal["own", "slow", "fast", "nothing"] = "own"  # what a `state_dict` carries
+        self._expected: Collection[str] | None = None  # what a `state_dict` has to carry
+        self._looked = False  # whether what was loaded last, if anything, has been put in place
         self._start_over = False  # whatever the optimizer's state carries is out of date
-        self._tracked = Tracked(optimizer)  # with the values of the set that the parameters do not hold
+        self._tracked = Tracked(
+            optimizer, list(exclude), check_dtype(slow_dtype), check_device(slow_device)
+        )  # with the values of the set that the parameters do not hold
         if not self._tracked.kept:
             message = "optimizer trains no parameter: none of its parameters has requires_grad=True."
             raise ValueError(message)
@@ -125,10 +176,26 @@ class SlowWeights:
         self._state_hooks: list[Any] = []
         self._hook()
 
+    def _check_adaptive(self, alpha: AdaptiveAlpha, *, sharded: bool) -> None:
+        if sharded:
+            message = f"alpha={alpha} does not work with sharded parameters: give a number or a schedule."
+            raise ValueError(message)
+        if alpha.needs_loss and self._sync_in_step and self.loss is None:
+            message = f"alpha={alpha} needs the training loss: give a function that computes it, loss=."
+            raise ValueError(message)
+        for group in self.optimizer.param_groups:
+            alpha.check(state_names(self.optimizer, group), self.optimizer)
+
     def __repr__(self) -> str:
-        return f"SlowWeights({type(self.optimizer).__name__}, k={self.k}, alpha={self.alpha}, syncs={self.syncs})"
+        settings = f"k={describe(self.k)}, alpha={describe(self.alpha)}"
+        return f"SlowWeights({type(self.optimizer).__name__}, {settings}, syncs={self.syncs})"
 
     # -- counting
+
+    @property
+    def holds(self) -> Weights:
+        """Which weights the parameters hold now; the other set is kept here."""
+        return self._tracked.holds
 
     @property
     def steps(self) -> int:
@@ -136,9 +203,22 @@ class SlowWeights:
         return self._inner_steps.total
 
     @property
+    def syncs(self) -> int:
+        """Syncs done so far; of the optimizer's first group, if groups have a ``k`` or ``alpha`` of their own."""
+        return next(iter(self._cycles)).syncs
+
+    @property
     def steps_since_sync(self) -> int:
-        """Inner steps taken since the last sync; reads as `steps` does."""
-        return self._inner_steps.since_sync
+        """Inner steps since the last sync, of the group that waits longest; reads as `steps` does."""
+        return max(self._since(cycle) for cycle in self._cycles)
+
+    @property
+    def changes_alpha(self) -> bool:
+        """Whether the step size is not the same number at every sync."""
+        return not isinstance(self.alpha, (int, float)) or len(self._cycles) > 1
+
+    def _since(self, cycle: Cycle) -> int:
+        return max(self.steps - cycle.begins, 0)
 
     @property
     def sharded(self) -> bool:
@@ -147,8 +227,11 @@ class SlowWeights:
 
     @property
     def due(self) -> bool:
-        """Whether ``k`` inner steps were taken since the last sync; reads the device only if it may be."""
-        return self._inner_steps.reached(self.k)
+        """Whether a cycle has ended, ``k`` inner steps after it began; reads the device only if it may have."""
+        return bool(self._ended())
+
+    def _ended(self) -> list[Cycle]:
+        return [cycle for cycle in self._cycles if self._inner_steps.reached(cycle.ends)]
 
     def _before_step(self, optimizer: Optimizer, *_: object) -> None:
         if is_rehearsal(optimizer):
@@ -159,13 +242,19 @@ class SlowWeights:
                 " `with ...use('slow')` block (or the validation) is left."
             )
             raise RuntimeError(message)
-        self._settle()
-        self._tracked.update_if_more()
-        self._started = True
+        if not self._started:
+            begins = self._inner_steps.reached(self._start_step)
+            if begins or not self._looked:
+                self._settle()
+            self._started = self._started or begins
+        if self._tracked.update_if_more():
+            self._cycles.update(self.steps)
         self._inner_steps.begin()
 
     def _after_step(self, optimizer: Optimizer, *_: object) -> None:
         counted = self._inner_steps.end(optimizer, self._tracked.stepped)
+        if counted and self._keeps_elsewhere and self._inner_steps.counted + 1 in {c.ends for c in self._cycles}:
+            self._tracked.prepare()
         if counted and self._sync_in_step and self.due:
             self.sync()
 
@@ -174,24 +263,79 @@ class SlowWeights:
     def sync(self) -> None:
         """Do the outer step now: ``phi <- phi + alpha * (theta - phi)``, then ``theta <- phi``; starts a new cycle.
 
-        A parameter that was frozen since keeps its value, and phi takes it.
+        If groups have cycles of their own, those that have ended are synced, or all if none has. A parameter that was
+        frozen since keeps its value, and phi takes it.
+
+        Raises:
+            RuntimeError: If the parameters hold the slow weights, or if a fast weight is not finite and that is to
+                raise.
         """
         if self.holds == "slow":
             message = "sync() was called while the parameters hold the slow weights: leave use('slow') first."
             raise RuntimeError(message)
         self._settle()
         self._tracked.update_if_other()
-        trained = {fast: slow for fast, slow in self._tracked.kept.items() if fast.requires_grad}
-        fast, slow = list(trained), list(trained.values())
+        self._cycles.update(self.steps)
+        ended = self._ended() or list(self._cycles)
+        kept = {cycle: self._cycles.of(cycle, self._tracked.kept) for cycle in ended}
         if self._measure_distance:
-            self.last_distance = distance(fast, slow)
-        interpolate_(slow, fast, self.alpha)
-        copy_(fast, slow)
-        if len(trained) < len(self._tracked.kept):
-            frozen = [parameter for parameter in self._tracked.kept if not parameter.requires_grad]
-            copy_([self._tracked.kept[parameter] for parameter in frozen], frozen)
-        self._inner_steps.restart_cycle()
-        self.syncs += 1
+            self.last_distance = distance(self._tracked.kept, self._tracked.kept.values())
+        for cycle, own in kept.items():
+            trained = {fast: slow for fast, slow in own.items() if fast.requires_grad}
+            if self._is_finite(trained):
+                alpha = self._step_size(cycle, trained)
+                beside = self._tracked.beside(trained)
+                interpolate_(list(beside.values()), list(beside), alpha)
+                copy_(beside, beside.values())
+                self._tracked.put_away(trained, beside)
+                self._momentum.after_sync(trained, alpha)
+                if self.buffers is not None and cycle is next(iter(self._cycles)):
+                    self.buffers.sync(alpha)
+                cycle.syncs += 1
+                self.last_alpha = alpha
+            elif self._nonfinite == "restore":
+                copy_(trained, trained.values())
+                self._momentum.reset(trained)  # what made the weights infinite is in there, too
+            frozen = [parameter for parameter in own if not parameter.requires_grad]
+            copy_([own[parameter] for parameter in frozen], frozen)
+            cycle.begins = self.steps
+
+    def _step_size(self, cycle: Cycle, trained: dict[Tensor, Tensor]) -> float:
+        adaptive = cycle.step_size
+        if not isinstance(adaptive, AdaptiveAlpha):
+            return alpha_at(adaptive, cycle.syncs)
+        if adaptive.needs_loss and self.loss is None:  # a sync that was due when the run was stopped
+            return adaptive.alpha_low
+        reduce = adaptive.needs_loss and isinstance(self._module, DistributedDataParallel)
+        return adaptive.step_size(
+            self.optimizer, trained, self.loss, functools.partial(self.use, "slow"), reduce=reduce
+        )
+
+    def _is_finite(self, trained: dict[Tensor, Tensor]) -> bool:
+        """Whether all fast weights are; if not, say so as was asked for."""
+        bad = not_finite(trained)
+        found = bool(bad)
+        if self._sharded is not None and self._nonfinite != "raise":  # all ranks have to do the same
+            found = any_rank(found, next(iter(trained)).device)
+        if not found:
+            return True
+        names = [self._name(list(trained)[index]) for index in bad] or ["a parameter on another rank"]
+        what = f"{names[0]} has a value that is not finite, and so have {len(names) - 1} others" if names else ""
+        if self._nonfinite == "raise":
+            message = (
+                f"{what}: the slow weights are as they were after the last sync. Lower the learning rate or clip"
+                " gradients, or go on with nonfinite='skip' or 'restore'."
+            )
+            raise RuntimeError(message)
+        warnings.warn(f"Lookahead: {what}: nonfinite={self._nonfinite!r}, no sync.", stacklevel=4)
+        return False
+
+    def _name(self, parameter: Tensor) -> str:
+        for name, other in self._module.named_parameters() if self._module is not None else ():
+            if other is parameter:
+                return f"Parameter {name!r}"
+        index = next(i for i, other in enumerate(parameters_of(self.optimizer)) if other is parameter)
+        return f"Parameter {index} of the optimizer, of shape {tuple(parameter.shape)},"
 
     # -- either set of weights
 
@@ -203,9 +347,9 @@ class SlowWeights:
             reshard(self._sharded)
         # After a fit Lightning moves the module to the CPU; what is kept here follows.
         self._tracked.follow()
-        if weights != self.holds:
-            exchange_(self._tracked.kept, self._tracked.kept.values())
-            self.holds = weights
+        if self.buffers is not None and weights != self.holds:
+            self.buffers.exchange()
+        self._tracked.put(weights)
 
     @contextmanager
     def use(self, weights: Weights) -> Iterator[None]:
@@ -218,27 +362,36 @@ class SlowWeights:
             self.put(before)
 
     def values(self, weights: Weights) -> dict[Tensor, Tensor]:
-        """Each trained parameter and its value in ``weights``: live tensors, not copies."""
+        """Each trained parameter and its value in ``weights``: live tensors, not copies.
+
+        Slow weights of low precision parameters are of ``slow_dtype``, also while the parameters hold them, rounded.
+        """
         check_weights(weights)
         self._settle()
-        return (
-            {parameter: parameter for parameter in self._tracked.kept}
-            if weights == self.holds
-            else dict(self._tracked.kept)
-        )
+        return self._tracked.values(weights)
 
     # -- saving
 
     def state_dict(self) -> dict[str, Any]:
-        """Counters, settings and checksums, no tensors: the weights travel with the model and the optimizer."""
+        """Counters, settings and checksums: the weights travel with the model and the optimizer.
+
+        No tensors, but for the other set of BatchNorm statistics with ``buffers="sync"``.
+        """
+        first, *others = [{"steps_since_sync": self._since(cycle), "syncs": cycle.syncs} for cycle in self._cycles]
         return {
-            "k": self.k,
-            "alpha": self.alpha,
+            "k": describe(self.k),
+            "alpha": describe(self.alpha),
             "steps": self.steps,
-            "steps_since_sync": self.steps_since_sync,
-            "syncs": self.syncs,
+            **first,
+            **({"groups": others} if others else {}),
+            **({} if self.buffers is None else {"buffers": self._carried_buffers(self.buffers)}),
             "checksums": self._checksums_now(),
         }
+
+    def _carried_buffers(self, buffers: SlowBuffers) -> dict[str, Any]:
+        other = OTHER[self._model_weights or self.holds]
+        self._settle()
+        return {other: copies(buffers.live if other == self.holds else buffers.kept)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the counters; ``k`` and ``alpha`` stay as they were given to this object, with a warning if they differ.
@@ -247,10 +400,13 @@ class SlowWeights:
             ValueError: If a counter is missing or not a natural number; nothing is changed then.
         """
         check_counters(state_dict)
-        warn_of_differences(state_dict, {"k": self.k, "alpha": self.alpha})
-        self._inner_steps.restore(state_dict["steps"], state_dict["steps_since_sync"])
-        self.syncs = state_dict["syncs"]
+        warn_of_differences(state_dict, {"k": describe(self.k), "alpha": describe(self.alpha)})
+        self._inner_steps.restore(state_dict["steps"])
+        for cycle, saved in zip(self._cycles, [state_dict, *state_dict.get("groups", [])], strict=False):
+            cycle.begins = max(state_dict["steps"] - saved["steps_since_sync"], self._start_step)
+            cycle.syncs = saved["syncs"]
         self._checksums = list(state_dict.get("checksums", []))
+        self._restored_buffers = state_dict.get("buffers", {})
         self._start_over = False
 
     def start_over(self) -> None:
@@ -261,31 +417,47 @@ class SlowWeights:
         if self._sharded is not None:
             return []
         saved = self.values(self._model_weights or self.holds)
-        return [checksum(saved.get(parameter, parameter)) for parameter in parameters_of(self.optimizer)]
+        return [checksum(saved.get(p, p).to(p.dtype)) for p in parameters_of(self.optimizer)]
 
     @contextmanager
-    def expecting(self, weights: Weights | None) -> Iterator[None]:
-        """Let the optimizer's ``state_dict`` carry ``weights`` or nothing inside the ``with`` block.
+    def expecting(self, names: Collection[str]) -> Iterator[None]:
+        """Let the optimizer's ``state_dict`` carry entries of these names inside the ``with`` block.
 
         ``torch.distributed.checkpoint`` reads into a ``state_dict`` of the optimizer that it is about to load: what it
         has there must be in the file.
         """
-        self._expected = weights or "nothing"
+        self._expected = names
         try:
             yield
         finally:
-            self._expected = "own"
+            self._expected = None
 
     def _pack(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-        if self._expected == "nothing":
-            return state_dict
-        weights = OTHER[self._model_weights or self.holds] if self._expected == "own" else self._expected
-        carried, rest = self.values(weights), self.values(OTHER[weights])
-        if self._sharded is None:
-            # Right after a sync there is nothing to carry. Nor is there for a parameter that never stepped: Adam,
-            # without us, would take our entry for its own state.
-            carried = {parameter: value for parameter, value in carried.items() if not value.equal(rest[parameter])}
-        return pack(state_dict, optimizer, Carried(weights, dict(zip(carried, copies(carried.values()), strict=True))))
+        names = ["slow", "fast", *self._momentum.previous] if self._expected is None else self._expected
+        entries = {name: self._carry(name) for name in names}
+        return pack(
+            state_dict,
+            optimizer,
+            Carried({name: dict(zip(own, copies(own.values()), strict=True)) for name, own in entries.items()}),
+        )
+
+    def _carry(self, name: str) -> dict[Tensor, Tensor]:
+        """What an entry holds: a set of weights, or the momentum after the last sync."""
+        weights = next((weights for weights in OTHER if weights == name), None)
+        if weights is None:
+            previous = self._momentum.previous.get(name, {})
+            if self._sharded is None:
+                return previous
+            return {p: previous.get(p, torch.zeros_like(p)) for p in self._tracked.kept}
+        own, model_weights = self.values(weights), self._model_weights or self.holds
+        if self._sharded is not None:
+            # The same on all ranks: the other set, and slow weights that the model cannot hold without rounding.
+            whole = weights != model_weights or self._expected is not None
+            return {p: value for p, value in own.items() if whole or self._tracked.is_apart(p)}
+        # What the model's own state_dict gives need not be carried: right after a sync that is all of it. Nor is there
+        # anything for a parameter that never stepped: Adam, without us, would take our entry for its own state.
+        saved = self.values(model_weights)
+        return {p: value for p, value in own.items() if not value.equal(saved[p].to(p).to(value))}
 
     def _unpack(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         if not fits(state_dict, optimizer):
@@ -294,8 +466,8 @@ class SlowWeights:
         plain, carried = unpack(state_dict, optimizer)
         # The model may be loaded before or after the optimizer: wait for the first use.
         self._restored = carried
-        self._started = False
-        self.holds = "fast"
+        self._started = self._looked = False
+        self._tracked.end_swap()
         return plain
 
     # -- which parameters
@@ -308,32 +480,44 @@ class SlowWeights:
             reshard(self._sharded)
         restored, self._restored = self._restored or adopt(self.optimizer), None
         checksums, self._checksums = self._checksums, []
-        if restored is not None:
-            self._tracked.update(restored.values)  # also what is frozen now: it was trained when it was saved
+        looked, self._looked = self._looked, True
+        entries = restored.entries if restored is not None else {}
+        sets: dict[Weights, dict[Tensor, Tensor]] = {weights: entries.get(weights, {}) for weights in OTHER}
+        saved = dict.fromkeys([*sets["slow"], *sets["fast"]])
+        self._tracked.update(saved)  # also what is frozen now: it was trained when it was saved
         copy_(self._tracked.kept.values(), self._tracked.kept)
+        if self.buffers is not None:
+            if not looked or self._start_step:  # later the first forward has moved them
+                self.buffers.start()
+            for weights, values in ({} if self._start_over else self._restored_buffers).items():
+                copy_(self.buffers.live if weights == "fast" else self.buffers.kept, values)
+            self._restored_buffers = {}
         if restored is None or self._start_over:
             return
         self._started = True
-        others = self._matching(restored.values, checksums)
-        if len(others) < len(restored.values):
+        self._momentum.restore(entries)
+        matching = self._matching(saved, checksums)
+        if len(matching) < len(saved):
             message = (
-                f"Lookahead: {len(restored.values) - len(others)} of {len(restored.values)} parameters do not have the"
-                f" values that their {restored.weights} weights in the checkpoint were saved with (changed while"
-                " loading?). Those are left out: fast and slow weights both start from the values loaded."
+                f"Lookahead: {len(saved) - len(matching)} of {len(saved)} parameters do not have the values that the"
+                " weights in the checkpoint were saved with (changed while loading?). Those are left out: fast and slow"
+                " weights both start from the values loaded."
             )
             warnings.warn(message, stacklevel=2)
-        copy_(others if restored.weights == "fast" else [self._tracked.kept[p] for p in others], others.values())
+        for weights, values in sets.items():
+            own = {parameter: value for parameter, value in values.items() if parameter in matching}
+            copy_([p if weights == "fast" else self._tracked.kept[p] for p in own], own.values())
 
-    def _matching(self, others: dict[Tensor, Tensor], checksums: list[int]) -> dict[Tensor, Tensor]:
-        """Those of the restored values whose parameters are as they were when the two were saved together.
+    def _matching(self, saved: Collection[Tensor], checksums: list[int]) -> set[Tensor]:
+        """Those of the parameters that are as they were when they and what was carried were saved together.
 
         They are not if ``LightningModule.on_load_checkpoint`` has changed them. Of sharded weights it is not known.
         """
         listed = parameters_of(self.optimizer)
         if self._sharded is not None or len(listed) != len(checksums):
-            return others
-        saved = dict(zip(listed, checksums, strict=True))
-        return {parameter: other for parameter, other in others.items() if checksum(parameter) == saved[parameter]}
+            return set(saved)
+        sums = dict(zip(listed, checksums, strict=True))
+        return {parameter for parameter in saved if checksum(parameter) == sums[parameter]}
 
     # -- hooks
 
@@ -374,6 +558,19 @@ class SlowWeights:
             _remove(self._step_hooks)
         if not saving:
             _remove(self._state_hooks)
+
+
+def _check_parameters(optimizer: Optimizer, module: nn.Module | None) -> bool:
+    """Return whether the optimizer's parameters are sharded; raise if they cannot have slow weights."""
+    if any(isinstance(getattr(hook, "__self__", None), SlowWeights) for hook in _state_hooks_of(optimizer)):
+        message = "optimizer has slow weights already, which would pull back twice: close() those first."
+        raise ValueError(message)
+    check_materialized(parameters_of(optimizer))
+    sharded = is_sharded(module, parameters_of(optimizer))
+    if sharded and module is None:
+        message = "optimizer has sharded parameters: give the module that they belong to, too, as module=."
+        raise ValueError(message)
+    return sharded
 
 
 def _state_hooks_of(optimizer: Optimizer) -> list[Any]:

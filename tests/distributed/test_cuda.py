@@ -35,3 +35,41 @@ def test_cuda_gives_what_one_cpu_gives_and_resumes_bit_for_bit(kind, tmp_path):
     run(WORKER, "resume", kind, "SGD", *(tmp_path / f"step={step}.ckpt" for step in (2, 3, 4)))
     for step in (2, 3, 4):
         assert same(loaded(tmp_path / f"step={step}-resumed.ckpt"), end)
+
+
+def test_slow_weights_on_the_cpu_are_those_on_the_gpu_and_leave_nothing_there():
+    program = """
+import copy, torch
+from lightning_lookahead import SlowWeights
+
+def train(**place):
+    torch.manual_seed(0)
+    net = torch.nn.Linear(1000, 1000, device="cuda")
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+    before = torch.cuda.memory_allocated()
+    slow = SlowWeights(optimizer, k=3, **place)
+    held = []
+    for step in range(11):
+        optimizer.zero_grad()
+        net(torch.full((8, 1000), float(step), device="cuda")).square().mean().backward()
+        optimizer.step()
+        if step == 6:
+            with slow.use("slow"):
+                pass
+        if step == 7:
+            held.append(slow.steps_since_sync)
+    torch.cuda.synchronize()
+    bytes_held = sum(v.numel() * v.element_size() for v in slow.values("slow").values() if v.is_cuda)
+    weights = [p.detach().clone() for p in net.parameters()]
+    with slow.use("slow"):
+        weights += [p.detach().clone() for p in net.parameters()]
+    return weights, bytes_held
+
+resident, held = train()
+away, none = train(slow_device="cpu")
+assert held > 0 and none == 0, (held, none)
+assert all(torch.equal(a, b) for a, b in zip(resident, away, strict=True))
+print("equal")
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.stdout == "equal\n", done.stderr

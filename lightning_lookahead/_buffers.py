@@ -1,0 +1,60 @@
+"""BatchNorm's statistics, and a second set of them that moves as the weights do."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from lightning_lookahead._tensors import copies, copy_, exchange_, interpolate_
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+def statistics_of(module: nn.Module) -> list[Tensor]:
+    """All buffers of the module's BatchNorm layers."""
+    return [buffer for part in module.modules() if isinstance(part, _BatchNorm) for buffer in part.buffers()]
+
+
+def check_statistics(module: nn.Module | None, argument: str) -> None:
+    """Raise if there is no module or it has no BatchNorm statistics."""
+    if module is None or not statistics_of(module):
+        what = "without a module" if module is None else f"{type(module).__name__} has no BatchNorm statistics"
+        message = f"{argument} has nothing to do: {what}."
+        raise ValueError(message)
+
+
+class SlowBuffers:
+    """Slow running means and variances. Counts of batches, which are integers, are left alone.
+
+    The module's buffers are looked up at each use: Lightning puts others in their place when it moves the module.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._slow = copies(self.live)
+
+    @property
+    def live(self) -> list[Tensor]:
+        """The module's own."""
+        return [buffer for buffer in statistics_of(self._module) if buffer.is_floating_point()]
+
+    @property
+    def kept(self) -> list[Tensor]:
+        """Those of the set that the module does not hold, on its device."""
+        self._slow = [slow.to(live.device) for slow, live in zip(self._slow, self.live, strict=True)]
+        return self._slow
+
+    def start(self) -> None:
+        """Let the slow ones be those of the module."""
+        copy_(self.kept, self.live)
+
+    def sync(self, alpha: float) -> None:
+        """Do the outer step."""
+        interpolate_(self.kept, self.live, alpha)
+        copy_(self.live, self.kept)
+
+    def exchange(self) -> None:
+        """Let the module hold the other set."""
+        exchange_(self.live, self.kept)

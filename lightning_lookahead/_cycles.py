@@ -1,0 +1,73 @@
+"""Which parameters sync together, and when: an optimizer's groups may have a k and an alpha of their own."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from lightning_lookahead.step_size import Length, StepSize, check_length, check_step_size, k_at
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterator
+
+    from torch import Tensor
+    from torch.optim import Optimizer
+
+
+class Cycle:
+    """The inner steps from one sync to the next.
+
+    Attributes:
+        step_size: That of the sync that ends it, or where it comes from.
+        begins: Inner steps before it.
+        syncs: Syncs before it.
+    """
+
+    def __init__(self, k: Length, alpha: StepSize, begins: int) -> None:
+        self._k = k
+        self.step_size = alpha
+        self.begins, self.syncs = begins, 0
+
+    @property
+    def ends(self) -> int:
+        """Inner steps before the sync that ends it."""
+        return self.begins + k_at(self._k, self.syncs)
+
+
+class Cycles:
+    """The cycles of an optimizer: one, unless groups have a ``"lookahead_k"`` or ``"lookahead_alpha"`` of their own.
+
+    Groups with the same settings share one. They are in the order in which the groups first name them.
+    """
+
+    def __init__(self, optimizer: Optimizer, k: Length, alpha: StepSize, begins: int) -> None:
+        self._optimizer = optimizer
+        self._k, self._alpha = check_length(k), check_step_size(alpha)
+        self._by_settings: dict[tuple[Any, Any], Cycle] = {}
+        self.update(begins)
+
+    def __iter__(self) -> Iterator[Cycle]:
+        return iter(self._by_settings.values())
+
+    def __len__(self) -> int:
+        return len(self._by_settings)
+
+    def update(self, step: int) -> None:
+        """Look at the groups again, after ``step`` inner steps; what is new begins there."""
+        for group in self._optimizer.param_groups:
+            k, alpha = settings = _settings(group)
+            if settings not in self._by_settings:
+                length = self._k if k is None else check_length(k, "lookahead_k")
+                step_size = self._alpha if alpha is None else check_step_size(alpha, "lookahead_alpha")
+                self._by_settings[settings] = Cycle(length, step_size, step)
+
+    def of(self, cycle: Cycle, kept: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
+        """Those of the parameters that sync at the end of a cycle, with their second tensors."""
+        if len(self) == 1:
+            return kept
+        groups = [group for group in self._optimizer.param_groups if self._by_settings[_settings(group)] is cycle]
+        own: Collection[Tensor] = {parameter for group in groups for parameter in group["params"]}
+        return {parameter: value for parameter, value in kept.items() if parameter in own}
+
+
+def _settings(group: dict[str, Any]) -> tuple[Any, Any]:
+    return group.get("lookahead_k"), group.get("lookahead_alpha")
