@@ -106,6 +106,19 @@ class LookaheadCallback(SavingCallback):
         >>> trainer.callbacks[0].slow_weights
         [SlowWeights(SGD, k=5, alpha=0.5, syncs=2)]
 
+        A last cycle of two steps, dropped and synced; only the bias, and by patterns:
+
+        >>> def syncs(**options):
+        ...     callback = LookaheadCallback(k=5, **options)
+        ...     trainer = Trainer(
+        ...         callbacks=[callback], max_steps=7, logger=False, accelerator="cpu", enable_checkpointing=False,
+        ...         enable_progress_bar=False, enable_model_summary=False,
+        ...     )
+        ...     trainer.fit(BoringModel())
+        ...     return callback.slow_weights[0].syncs, len(callback.slow_weights[0].values("slow"))
+        >>> syncs(), syncs(unfinished_cycle="sync", exclude="*.weight")
+        ((1, 2), (2, 1))
+
     Source: Zhang, Lucas, Hinton, Ba 2019, Algorithm 1 and section 3.
     """
 

@@ -105,6 +105,44 @@ class SlowWeights:
         >>> weight.item(), slow.syncs
         (0.625, 1)
 
+        What other arguments change, in phi after five steps with momentum down the same slope:
+
+        >>> def end(group=None, dtype=torch.float64, **mode):
+        ...     weight = torch.nn.Parameter(torch.ones(1, dtype=dtype))
+        ...     optimizer = torch.optim.SGD([{"params": [weight], **(group or {})}], lr=0.25, momentum=0.5)
+        ...     slow = SlowWeights(optimizer, **{"k": 2, **mode})
+        ...     for _ in range(5):
+        ...         optimizer.zero_grad()
+        ...         (weight**2).sum().backward()
+        ...         loss = optimizer.step()
+        ...     return round(slow.values("slow")[weight].item(), 5)
+        >>> end(), end(start_step=2)
+        (0.125, -0.125)
+        >>> end(pullback_momentum="reset"), end(pullback_momentum="pullback")
+        (0.25, 0.1875)
+        >>> end(alpha=lambda sync: 1.0 if sync else 0.5), end(k=lambda sync: 3 if sync else 1)
+        (-0.25, 0.21875)
+        >>> end(group={"lookahead_k": 5, "lookahead_alpha": 0.8})
+        0.1
+        >>> end(dtype=torch.bfloat16, alpha=0.3), end(dtype=torch.bfloat16, alpha=0.3, slow_dtype="bfloat16")
+        (0.41441, 0.41406)
+
+        What a sync does with a value that is not finite, and with BatchNorm's statistics, 0.38 without it:
+
+        >>> with torch.no_grad():
+        ...     kept = weight.fill_(float("inf"))
+        >>> slow.sync()  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        RuntimeError: Parameter 0 of the optimizer, of shape (1,), has a value that is not finite...
+        >>> net = torch.nn.BatchNorm1d(1)
+        >>> optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        >>> slow = SlowWeights(optimizer, k=1, module=net, buffers="sync", exclude=[net.bias])
+        >>> for _ in range(2):
+        ...     net(torch.tensor([[1.0], [3.0]])).sum().backward()
+        ...     loss = optimizer.step()
+        >>> round(net.running_mean.item(), 2), net.bias in slow.values("slow")
+        (0.29, False)
+
     Source: Zhang, Lucas, Hinton, Ba 2019, Algorithm 1.
     """
 

@@ -26,7 +26,7 @@ def test_python_snippets_run_one_after_the_other(capsys):
     names = {"model": Classifier()}
     for snippet in blocks("python"):
         exec(compile(snippet, "README.md", "exec"), names)
-    assert len(blocks("python")) == 8
+    assert len(blocks("python")) == 9
     assert names["slow"].syncs == 2
     shown = capsys.readouterr().out
     assert "'accuracy'" in shown
