@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
-from itertools import chain, islice
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import update_bn
 
-from lightning_lookahead._batches import batches, stage, training_loaders
+from lightning_lookahead._batches import Given, check_repeatable, for_training, ready, stage
 from lightning_lookahead._buffers import check_statistics, statistics_of
 from lightning_lookahead._lightning import root_of
 from lightning_lookahead._sharding import entry, reshard
@@ -25,38 +27,57 @@ if TYPE_CHECKING:
 def check_recalibrate(value: object) -> None:
     """Raise unless ``value`` says which batches: a bool, a number of at least 0, or batches."""
     if (isinstance(value, int) and value >= 0) or (hasattr(value, "__iter__") and not isinstance(value, str)):
+        check_repeatable("recalibrate_batch_norm", value)
         return
     message = (
-        f"recalibrate_batch_norm={value!r} is out of range: give True (all training batches), how many of them (at"
-        " least 1), or False."
+        f"recalibrate_batch_norm={value!r} is out of range: give True (all training batches), how many of them (0 for"
+        " none), or False."
     )
     raise ValueError(message)
 
 
 class Recalibration:
-    """Statistics gathered anew, in place from `start` to `stop`; between them it keeps those that were there."""
+    """Statistics gathered anew, in place from `start` to `stop`; between them it keeps those that were there.
+
+    BatchNorm layers that do not train while the module does, frozen ones, keep theirs.
+    """
 
     def __init__(self) -> None:
         self.kept: dict[Tensor, Tensor] = {}
         """Each statistic and the value that it will have again."""
+        self._modes: dict[nn.Module, bool] = {}
+
+    def note_modes(self, module: nn.Module) -> None:
+        """Remember which parts train: in validation, none does."""
+        self._modes = {part: part.training for part in module.modules()}
 
     def start(self, trainer: Trainer, which: Any) -> None:
         """Gather the statistics with the weights that the module holds, by torch's own `update_bn`."""
         module, root = trainer.lightning_module, root_of(trainer.strategy)
         check_statistics(module, "recalibrate_batch_norm")
-        statistics = statistics_of(module)
         given = not isinstance(which, int)
-        loaders = [which] if given else training_loaders(trainer)
-        limit = None if given or which is True else which
-        with undisturbed(module, loaders), stage(trainer, training=True), trainer.precision_plugin.train_step_context():
-            ready = islice(batches(trainer, loaders, [limit] * len(loaders)), limit)
-            first = next(ready, None)
+        loaders = Given(which) if given else for_training(trainer)
+        limits = [] if given else [trainer.num_training_batches, *([] if which is True else [which])]
+        with (
+            undisturbed(module, loaders.parts),
+            stage(trainer, training=True),
+            trainer.precision_plugin.train_step_context(),
+        ):
+            batches = ready(trainer, loaders, min(limits, default=None))
+            first = next(batches, None)
             if first is None:
                 message = "recalibrate_batch_norm found no training batch to gather statistics from."
                 raise ValueError(message)
-            update_bn(chain([first], ready), entry(module, root))
-            gathered = copies(statistics)
+            gathering = _Gathering(entry(module, root), self._modes)
+            momenta = {part: part.momentum for part in gathering.modules()}
+            try:
+                update_bn(chain([first], batches), gathering)
+            finally:  # which it puts back only if all goes well
+                for part, momentum in momenta.items():
+                    part.momentum = momentum
+            gathered = copies(statistics_of(module))
         reshard(root)
+        statistics = statistics_of(module)
         self.kept = dict(zip(statistics, copies(statistics), strict=True))
         copy_(statistics, gathered)
 
@@ -74,3 +95,24 @@ class Recalibration:
             yield
         finally:
             copy_(self.kept, gathered)
+
+
+class _Gathering(nn.Module):
+    """What `update_bn` sees of a module: the BatchNorm layers that train, and each part in the mode it trains in."""
+
+    def __init__(self, root: nn.Module, modes: dict[nn.Module, bool]) -> None:
+        super().__init__()
+        self._call = root.__call__  # not a submodule
+        some_train = any(modes.values())
+        self._modes = {part: modes.get(part, True) or not some_train for part in root.modules()}
+
+    def modules(self, *_: Any, **__: Any) -> Iterator[nn.Module]:
+        return (part for part, trains in self._modes.items() if trains and isinstance(part, _BatchNorm))
+
+    def train(self, mode: bool = True) -> _Gathering:  # noqa: FBT001, FBT002 (torch's)
+        for part, trains in self._modes.items():
+            part.training = mode and trains
+        return self
+
+    def forward(self, *inputs: Any) -> Any:
+        return self._call(*inputs)

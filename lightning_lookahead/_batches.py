@@ -7,15 +7,46 @@ from contextlib import contextmanager
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import DataLoader
 
-from lightning_lookahead._lightning import datamodule_of
+from lightning_lookahead._lightning import CombinedLoader, datamodule_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from lightning.pytorch import Trainer
+
+
+class Loaders:
+    """Loaders, single or combined, that can be iterated beside the Trainer.
+
+    Args:
+        iterables: One loader, or a collection of them as a Trainer takes it.
+        mode: How `CombinedLoader` combines them.
+        limits: How many batches of each, if there is a limit.
+    """
+
+    def __init__(self, iterables: Any, mode: Any = "sequential", limits: list[float] | None = None) -> None:
+        self.parts: list[Any] = tree_leaves(iterables)
+        self._iterables, self._mode, self._limits = iterables, mode, limits
+
+    def __iter__(self) -> Iterator[tuple[Any, int]]:
+        """Each batch and the index of its loader."""
+        loader = CombinedLoader(tree_map(_another, self._iterables), self._mode)
+        loader.limits = self._limits
+        for batch, _, index in loader:
+            yield batch, index
+
+
+class Given(Loaders):
+    """Batches that were given for the purpose: a loader or a list of batches."""
+
+    def __init__(self, batches: Iterable[Any]) -> None:
+        self.parts = [batches]
+
+    def __iter__(self) -> Iterator[tuple[Any, int]]:
+        return ((batch, 0) for batch in _another(self.parts[0]))
 
 
 @contextmanager
@@ -32,44 +63,65 @@ def stage(trainer: Trainer, *, training: bool) -> Iterator[None]:
         trainer.state.stage = before
 
 
-def held_out_loaders(trainer: Trainer) -> list[Any]:
-    """The validation loaders of a fit that is under way; empty if it has none or is told to use none."""
-    if not trainer.num_val_batches:  # not loaded yet, where the first epochs are not validated
-        with stage(trainer, training=False):
-            trainer.fit_loop.epoch_loop.val_loop.setup_data()
-    return tree_leaves(trainer.val_dataloaders) if trainer.num_val_batches else []
+def held_out(trainer: Trainer) -> Loaders:
+    """What a fit that is under way validates on, in the same batches; without any if it validates on nothing."""
+    loop = trainer.fit_loop.epoch_loop.val_loop
+    loader = loop._combined_loader  # the public `val_dataloaders` does not say how they are combined
+    if loader is not None:
+        return Loaders(loader.iterables, loader._mode, list(trainer.num_val_batches))
+    # Not loaded yet, where the first epochs are not validated. To load it for the loop would move the loop on.
+    limit = trainer.limit_val_batches
+    if limit == 0 or not loop._data_source.is_defined():
+        return Loaders([])
+    iterables = loop._data_source.dataloader()
+    if isinstance(iterables, CombinedLoader):
+        return Loaders(iterables.iterables, iterables._mode)
+    fractions = [
+        int(len(part) * limit) if isinstance(limit, float) and limit < 1 else limit for part in tree_leaves(iterables)
+    ]
+    return Loaders(
+        iterables,
+        limits=[float("inf") if number == 1.0 and isinstance(limit, float) else number for number in fractions],
+    )
 
 
-def training_loaders(trainer: Trainer) -> list[Any]:
-    """The loaders that a fit has used, or else those that the data module or the module gives."""
-    loaders = trainer.train_dataloader
-    if loaders is None:
-        datamodule = datamodule_of(trainer)
-        if datamodule is not None:
-            datamodule.setup("fit")
-        source = datamodule or trainer.lightning_module
-        try:
-            loaders = source.train_dataloader()
-        except Exception as error:
-            message = (
-                f"{type(source).__name__} gives no training data ({error}): give the batches themselves,"
-                " recalibrate_batch_norm=loader."
-            )
-            raise ValueError(message) from error
-    return tree_leaves(loaders)
+def for_training(trainer: Trainer) -> Loaders:
+    """What a fit has trained on, or else what the data module or the module gives."""
+    loader = trainer.fit_loop._combined_loader
+    if loader is not None:
+        return Loaders(loader.iterables, loader._mode)
+    datamodule = datamodule_of(trainer)
+    if datamodule is not None:
+        datamodule.setup("fit")
+    source = datamodule or trainer.lightning_module
+    try:
+        iterables = source.train_dataloader()
+    except Exception as error:
+        message = (
+            f"{type(source).__name__} gives no training data ({error}): give the batches themselves,"
+            " recalibrate_batch_norm=loader."
+        )
+        raise ValueError(message) from error
+    return Loaders(iterables, "max_size_cycle")
 
 
-def batches(trainer: Trainer, loaders: Iterable[Any], limits: Iterable[float | None]) -> Iterator[Any]:
-    """Yield the first batches of each loader, on the device and as the step methods get them."""
+def ready(trainer: Trainer, loaders: Loaders, limit: float | None) -> Iterator[Any]:
+    """The first batches, on the device and as the step methods get them."""
     module = trainer.lightning_module
-    for index, (loader, limit) in enumerate(zip(loaders, limits, strict=True)):
-        stop = None if limit is None or limit == float("inf") else int(limit)
-        for batch in islice(_another(loader), stop):
-            # What Lightning's loops do. `_on_before_batch_transfer` alone knows whether the module or the data module
-            # has that hook.
-            converted = trainer.precision_plugin.convert_input(batch)
-            converted = module._on_before_batch_transfer(converted, dataloader_idx=index)
-            yield trainer.strategy.batch_to_device(converted, dataloader_idx=index)
+    stop = None if limit is None or limit == float("inf") else int(limit)
+    for batch, index in islice(loaders, stop):
+        # What Lightning's loops do. `_on_before_batch_transfer` alone knows whether the module or the data module has
+        # that hook.
+        converted = trainer.precision_plugin.convert_input(batch)
+        converted = module._on_before_batch_transfer(converted, dataloader_idx=index)
+        yield trainer.strategy.batch_to_device(converted, dataloader_idx=index)
+
+
+def check_repeatable(argument: str, data: object) -> None:
+    """Raise if data can be iterated once only."""
+    if hasattr(data, "__next__"):
+        message = f"{argument} is an iterator, which gives its batches once: give a loader or a list of batches."
+        raise ValueError(message)
 
 
 def _another(loader: Any) -> Any:

@@ -13,7 +13,7 @@ from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_lookahead._batches import stage
-from lightning_lookahead._lightning import root_of
+from lightning_lookahead._lightning import root_of, unlogged
 from lightning_lookahead._sharding import entry, reshard
 from lightning_lookahead._undisturbed import undisturbed
 
@@ -71,8 +71,14 @@ class Evaluation:
         counted = False
         if self._metric is not None:
             self._metric.to(trainer.strategy.root_device).reset()
-        with undisturbed(module), stage(trainer, training=False), trainer.precision_plugin.val_step_context():
-            module.eval()
+        with (
+            undisturbed(module),
+            unlogged(module),
+            stage(trainer, training=False),
+            trainer.precision_plugin.val_step_context(),
+        ):
+            for part in module.modules():
+                part.training = False  # without eval(), which some modules do more in than in train()
             _agree_on_buffers(root)
             for batch in batches:
                 prediction, target, *loss = self._step(entry(module, root), batch)
@@ -84,9 +90,9 @@ class Evaluation:
                 for value in loss:
                     losses.update(value, len(target) if isinstance(target, Tensor) and target.ndim else 1)
                     counted = True
+            assert self._metric is not None  # noqa: S101 (there is a batch: the monitor has looked)
+            value = self._metric.compute()
         reshard(root)  # what an optimizer writes to the shards from here on has to be seen
-        assert self._metric is not None  # noqa: S101 (there is a batch: the monitor has looked)
-        value = self._metric.compute()
         if not isinstance(value, Tensor) or value.numel() != 1:
             message = f"metric={self._metric} gives {value}: InnerOuterMonitor needs one that gives one number."
             raise ValueError(message)

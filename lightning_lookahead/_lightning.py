@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, cast
 
@@ -17,14 +18,16 @@ from lightning_lookahead._tracked import parameters_of
 if TYPE_CHECKING or "pytorch_lightning" not in sys.modules or "lightning.pytorch" in sys.modules:
     from lightning.pytorch import Callback
     from lightning.pytorch.loggers.logger import DummyLogger
+    from lightning.pytorch.utilities.combined_loader import CombinedLoader
     from lightning.pytorch.utilities.seed import isolate_rng
 else:
     from pytorch_lightning import Callback
     from pytorch_lightning.loggers.logger import DummyLogger
+    from pytorch_lightning.utilities.combined_loader import CombinedLoader
     from pytorch_lightning.utilities.seed import isolate_rng
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
     from lightning.pytorch import LightningModule, Trainer
     from lightning.pytorch.strategies import Strategy
@@ -35,6 +38,7 @@ __all__ = [
     "AVERAGERS",
     "TUNERS",
     "Callback",
+    "CombinedLoader",
     "DummyLogger",
     "callbacks_of",
     "check_disjoint",
@@ -47,6 +51,7 @@ __all__ = [
     "names_of",
     "root_of",
     "training_loss",
+    "unlogged",
 ]
 
 TUNERS = {"BatchSizeFinder", "LearningRateFinder"}
@@ -86,14 +91,20 @@ def datamodule_of(trainer: Trainer) -> Any:
     return trainer.datamodule  # type: ignore[attr-defined]  # set by a part of the Trainer
 
 
-def training_loss(trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> Tensor:
-    """What ``training_step`` returns for a batch, once more, without what it logs."""
+@contextmanager
+def unlogged(pl_module: LightningModule) -> Iterator[None]:
+    """Let what the module logs inside the ``with`` block go nowhere."""
     pl_module.log = lambda *_, **__: None  # type: ignore[method-assign]
     try:
-        with trainer.precision_plugin.train_step_context():
-            output = pl_module.training_step(batch, batch_idx)
+        yield
     finally:
         del pl_module.log
+
+
+def training_loss(trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> Tensor:
+    """What ``training_step`` returns for a batch, once more, without what it logs."""
+    with unlogged(pl_module), trainer.precision_plugin.train_step_context():
+        output = pl_module.training_step(batch, batch_idx)
     return cast("Tensor", output["loss"] if isinstance(output, Mapping) else output)
 
 

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.utils.data import DataLoader
 from torchmetrics import Metric
 
 from lightning_lookahead._lightning import isolate_rng
@@ -14,54 +15,59 @@ from lightning_lookahead._tensors import copies
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from torch import Tensor, nn
+    from torch import nn
 
 _COUNTS = ("_update_count", "_computed", "_forward_cache")
 """What a `Metric` keeps beside its states; it has no public way to put a state back."""
 
 
 @contextmanager
-def undisturbed(module: nn.Module, loaders: Iterable[object] = ()) -> Iterator[None]:
+def undisturbed(module: nn.Module, others: Iterable[object] = ()) -> Iterator[None]:
     """Evaluate a module inside the ``with`` block and find it as it was after it, but for where its tensors are.
 
-    Put back are Python's, NumPy's and torch's random number generators (all devices) and those of the ``loaders``,
-    which modules train, the values of buffers, and what metrics have gathered. Not the weights.
+    Put back are Python's, NumPy's and torch's random number generators (all devices), those of the module and of
+    ``others`` (loaders, a data module), which modules train, the buffers, and what metrics have gathered. Not the
+    weights. Inside the block the buffers are copies: the module's own are not even written to, which a backward that
+    is yet to come would notice.
     """
-    generators = {generator: generator.get_state() for loader in loaders for generator in _generators(loader)}
+    generators = {g: g.get_state() for owner in (module, *others) for g in _generators(owner)}
     modes = {part: part.training for part in module.modules()}
     buffers = [(part, name, buffer) for part in module.modules() for name, buffer in part.named_buffers(recurse=False)]
-    values = copies(buffer for _, _, buffer in buffers)
     metrics = {part: _state_of(part) for part in module.modules() if isinstance(part, Metric)}
+    unique = {buffer: None for _, _, buffer in buffers}  # a buffer may be shared
+    stand_ins = dict(zip(unique, copies(unique), strict=True))
+    for part, name, buffer in buffers:
+        setattr(part, name, stand_ins[buffer])
+    rng = isolate_rng()
+    rng.__enter__()
     try:
-        with isolate_rng():
-            yield
+        yield
     finally:
+        rng.__exit__(None, None, None)  # also after an exception, which it would not do by itself
         for generator, state in generators.items():
             generator.set_state(state)
         for part, mode in modes.items():
             part.training = mode
-        for (part, name, buffer), value in zip(buffers, values, strict=True):
-            _put_back(part, name, buffer, value)
+        for part, name, buffer in buffers:
+            now = getattr(part, name)
+            moved = now is not None and now.device != stand_ins[buffer].device and now.device != buffer.device
+            setattr(part, name, buffer.to(now.device) if moved else buffer)
         for metric, states in metrics.items():
             for name, kept in states.items():
                 setattr(metric, name, _on(metric.device, kept))
 
 
-def _generators(loader: object) -> Iterator[torch.Generator]:
-    batch_sampler = getattr(loader, "batch_sampler", None)
-    for owner in (loader, getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None)):
-        generator = getattr(owner, "generator", None)
-        if isinstance(generator, torch.Generator):
-            yield generator
-
-
-def _put_back(part: nn.Module, name: str, buffer: Tensor, value: Tensor) -> None:
-    now = getattr(part, name)
-    if now is not buffer and now is not None and now.device != buffer.device:  # the module was moved since
-        buffer = now
-    with torch.no_grad():
-        buffer.copy_(value)
-    setattr(part, name, buffer)
+def _generators(owner: object) -> Iterator[torch.Generator]:
+    """Those of a loader and its samplers; those that a module or data module has, itself or in loaders."""
+    if isinstance(owner, DataLoader):
+        batch_sampler = getattr(owner, "batch_sampler", None)
+        holders = (owner, owner.sampler, batch_sampler, getattr(batch_sampler, "sampler", None))
+        found = [getattr(holder, "generator", None) for holder in holders]
+    else:
+        values = list(getattr(owner, "__dict__", {}).values())
+        found = [generator for value in values if isinstance(value, DataLoader) for generator in _generators(value)]
+        found += values
+    yield from (generator for generator in found if isinstance(generator, torch.Generator))
 
 
 def _state_of(metric: Metric) -> dict[str, Any]:

@@ -270,6 +270,8 @@ class LookaheadCallback(SavingCallback):
                     check_ranks({names.get(p, ["(of another module)"])[0]: p for p in slow.values("fast")})
                 self._log(trainer, pl_module, slow, f"/{index}" if len(self.slow_weights) > 1 else "")
 
+        if self.recalibrate_batch_norm:
+            self._recalibration.note_modes(pl_module)
         if self.monitor is not None and self.slow_weights:
             self.monitor.publish(trainer, pl_module)
 

@@ -58,7 +58,8 @@ def weights_in(checkpoint: dict[str, Any], weights: Weights, path: str | os.Path
         ValueError: If the checkpoint does not hold both sets.
     """
     saved = _callback_state(checkpoint, path)
-    state_dict = dict(checkpoint["state_dict"])
+    # WeightAveraging puts its average in the place of what the module held, and that beside it.
+    state_dict = dict(checkpoint.get("current_model_state", checkpoint["state_dict"]))
     if weights == saved["eval_weights"]:
         return state_dict
     for optimizer_state, names in zip(checkpoint["optimizer_states"], saved["names"], strict=True):

@@ -15,13 +15,22 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from typing_extensions import override
 
 from lightning_lookahead.callback import LookaheadCallback
+from lightning_lookahead.checkpointing import read_checkpoint
 from lightning_lookahead.comparison import compare_weights
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
-_REFUSING = ("lightning", "jsonargparse")
+_NOT_THE_USERS = {
+    "__main__",
+    "fsspec",
+    "jsonargparse",
+    "lightning",
+    "lightning_lookahead",
+    "lightning_utilities",
+    "torch",
+}
 
 
 class LookaheadTrainer(Trainer):
@@ -52,6 +61,9 @@ class LookaheadTrainer(Trainer):
         """
         if ckpt_path is None:
             message = "compare needs a checkpoint that holds both sets of weights: give --ckpt_path."
+            raise ValueError(message)
+        if json is not None and (Path(json).is_dir() or not Path(json).absolute().parent.is_dir()):
+            message = f"json={json} cannot be written: give a file in a folder that is there."
             raise ValueError(message)
         comparison = compare_weights(
             self,
@@ -117,6 +129,8 @@ class LookaheadCLI(LightningCLI):
     @override
     def instantiate_classes(self) -> None:
         options = self._get(self.config, "lookahead")
+        if options is None:
+            self.parser.error("lookahead=null: to train without it, give lookahead.enabled=false.")
         enabled = options.pop("enabled")  # not an argument of the callback
         parser = self._parser(self.subcommand)
         if not enabled:
@@ -132,6 +146,9 @@ class LookaheadCLI(LightningCLI):
         self.parser.exit_on_error = False
         try:
             super()._parse_ckpt_path()
+            path = self.config.get(self.config.get("subcommand"), {}).get("ckpt_path")
+            if path is not None and Path(path).is_file():
+                read_checkpoint(path, weights_only=True)
         except ArgumentError:
             pass  # hyperparameters that a program of another kind has saved: the model is as it was given here
         except Exception as error:  # noqa: BLE001 (whatever a cut file raises)
@@ -157,12 +174,12 @@ class LookaheadCLI(LightningCLI):
 
 
 def _says_all(error: Exception) -> bool:
-    """Whether an error is about a value that was given: this package's own, and of Lightning's those of these kinds."""
-    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-    module = frame.f_globals["__name__"]
-    package = module.partition(".")[0]
-    refused = isinstance(error, (ValueError, FileNotFoundError, MisconfigurationException))
-    return package == "lightning_lookahead" or module == "lightning.pytorch.cli" or (package in _REFUSING and refused)
+    """Whether an error is about a value that was given: of these kinds, and from code that is not the user's."""
+    modules = [
+        frame.f_globals.get("__name__", "").partition(".")[0] for frame, _ in traceback.walk_tb(error.__traceback__)
+    ]
+    theirs = set(modules) - _NOT_THE_USERS - sys.stdlib_module_names
+    return not theirs and isinstance(error, (ValueError, OSError, RuntimeError, MisconfigurationException))
 
 
 def main() -> None:

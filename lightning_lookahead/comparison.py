@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 from torch.utils._pytree import tree_leaves
 
 from lightning_lookahead._batch_norm import Recalibration, check_recalibrate
-from lightning_lookahead._lightning import Callback, DummyLogger, callbacks_of, is_a, root_of
+from lightning_lookahead._batches import check_repeatable
+from lightning_lookahead._lightning import AVERAGERS, Callback, DummyLogger, callbacks_of, is_a, root_of
 from lightning_lookahead._module_state import kept_weights, load_whole
 from lightning_lookahead._undisturbed import undisturbed
 from lightning_lookahead.callback import LookaheadCallback
@@ -96,7 +97,9 @@ def compare_weights(
         ckpt_path: A checkpoint that holds both sets of weights: a path, or what else ``trainer.validate`` takes
             (``"best"``). ``None``: those of the fit.
         recalibrate_batch_norm: Gather BatchNorm's statistics anew for each set of weights: from all training batches
-            (``True``), from so many of them, or from these batches. Those at hand were gathered with fast weights.
+            (``True``), from so many of them, or from these batches; the module is called with a batch, or with its
+            first part if it is a list or tuple. Those at hand were gathered with fast weights. Layers that are in
+            evaluation mode while others train keep theirs.
         weights_only: As in ``trainer.validate``, how the checkpoint is read.
 
     Raises:
@@ -121,23 +124,37 @@ def compare_weights(
         raise ValueError(message)
     module = getattr(model, "_orig_mod", model)  # torch.compile(model)
     callback = None if ckpt_path else _trained(trainer, module)
+    check_repeatable("dataloaders", dataloaders)
+    recalibration = Recalibration()
+    recalibration.note_modes(module)
     found: dict[str, dict[str, float]] = {}
     for weights in ("slow", "fast"):
         with ExitStack() as stack:
-            stack.enter_context(undisturbed(module, tree_leaves(dataloaders)))
+            stack.enter_context(undisturbed(module, [*tree_leaves(dataloaders), datamodule]))
             stack.enter_context(_unlogged(trainer))
-            if recalibrate_batch_norm is not False:
-                stack.enter_context(_added(trainer, _Recalibrating(recalibrate_batch_norm)))
+            recalibrating = not isinstance(recalibrate_batch_norm, int) or recalibrate_batch_norm > 0
+            own: list[Callback] = [_Recalibrating(recalibration, recalibrate_batch_norm)] if recalibrating else []
+            stack.enter_context(_with_callbacks(trainer, own))
             stack.enter_context(callback.use_weights(weights) if callback else _loading(trainer, module, weights))
             logged = trainer.validate(
                 model, dataloaders, ckpt_path, verbose=False, datamodule=datamodule, weights_only=weights_only
             )
             found[weights] = {name: float(value) for part in logged for name, value in part.items()}
+    if not found["slow"] and not found["fast"]:
+        message = "There is nothing to compare: validation logged no metric. Does the module log any, on any data?"
+        raise ValueError(message)
     return Comparison(**found)
 
 
 def _trained(trainer: Trainer, module: LightningModule) -> LookaheadCallback:
     """The callback that has both sets of this module's weights."""
+    for callback in callbacks_of(trainer):
+        if is_a(callback, AVERAGERS):
+            message = (
+                f"{type(callback).__name__} has put its average in the place of the fast weights when training ended:"
+                " give a checkpoint of the run, ckpt_path=."
+            )
+            raise ValueError(message)
     for callback in callbacks_of(trainer):
         if isinstance(callback, LookaheadCallback) and callback.slow_weights:
             own = set(module.parameters())
@@ -156,7 +173,7 @@ def _trained(trainer: Trainer, module: LightningModule) -> LookaheadCallback:
 def _loading(trainer: Trainer, module: LightningModule, weights: Weights) -> Iterator[None]:
     """Let the Trainer find ``weights`` in the checkpoint that it loads."""
     strategy = trainer.strategy
-    replaced = {name: vars(strategy).pop(name) for name in ("load_checkpoint",) if name in vars(strategy)}
+    replaced = vars(strategy).get("load_checkpoint")
     optimizers, strategy.optimizers = strategy.optimizers, []  # sharded strategies would load those, too
     strategy.load_checkpoint = functools.partial(_load, strategy, weights)  # type: ignore[method-assign]
     try:
@@ -167,20 +184,29 @@ def _loading(trainer: Trainer, module: LightningModule, weights: Weights) -> Ite
     finally:
         strategy.optimizers = optimizers
         del strategy.load_checkpoint
-        vars(strategy).update(replaced)
+        if replaced is not None:
+            strategy.load_checkpoint = replaced  # type: ignore[method-assign]
 
 
 def _load(strategy: Strategy, weights: Weights, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
     """What ``strategy.load_checkpoint()`` returns, with ``weights`` in it or, where it loads by itself, loaded."""
-    original = functools.partial(type(strategy).load_checkpoint, strategy)
     weights_only = kwargs.get("weights_only") is not False
-    if not strategy.restore_checkpoint_after_setup:
-        is_folder = Path(path).is_dir()
-        checkpoint = read_checkpoint(path, weights_only=weights_only) if is_folder else original(path, *args, **kwargs)
-        return {**checkpoint, "state_dict": weights_in(checkpoint, weights, path)}
-    checkpoint, path = original(path, *args, **kwargs), strategy.broadcast(path)
-    load_whole(root_of(strategy), weights_in(read_checkpoint(path, weights_only=weights_only), weights, path))
-    return checkpoint
+    sharded = strategy.restore_checkpoint_after_setup
+    try:
+        folder = Path(path).is_dir() and not sharded
+        checkpoint = None if folder else type(strategy).load_checkpoint(strategy, path, *args, **kwargs)
+    except Exception:
+        if Path(path).exists():
+            read_checkpoint(path, weights_only=weights_only)  # says it better, if the file is what is wrong
+        raise
+    if sharded or checkpoint is None:
+        path = strategy.broadcast(path)
+        whole = read_checkpoint(path, weights_only=weights_only)
+        if checkpoint is not None:
+            load_whole(root_of(strategy), weights_in(whole, weights, path))
+            return checkpoint
+        checkpoint = whole
+    return {**checkpoint, "state_dict": weights_in(checkpoint, weights, path)}
 
 
 @contextmanager
@@ -194,23 +220,25 @@ def _unlogged(trainer: Trainer) -> Iterator[None]:
 
 
 @contextmanager
-def _added(trainer: Trainer, callback: Callback) -> Iterator[None]:
+def _with_callbacks(trainer: Trainer, own: list[Callback]) -> Iterator[None]:
+    """Add callbacks, and leave out those that validate with an average of their own, which is neither set."""
     callbacks = callbacks_of(trainer)
-    callbacks.append(callback)
+    before = list(callbacks)
+    callbacks[:] = [*(callback for callback in before if not is_a(callback, AVERAGERS)), *own]
     try:
         yield
     finally:
-        callbacks.remove(callback)
+        callbacks[:] = before
 
 
 class _Recalibrating(Callback):
     """Gathers BatchNorm statistics before a validation; those that were there come back with everything else."""
 
-    def __init__(self, which: Any) -> None:
-        self.which = which
+    def __init__(self, recalibration: Recalibration, which: Any) -> None:
+        self.recalibration, self.which = recalibration, which
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        Recalibration().start(trainer, self.which)
+        self.recalibration.start(trainer, self.which)
 
 
 def _number(values: dict[str, float], name: str, sign: str) -> str:

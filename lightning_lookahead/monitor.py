@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from torchmetrics import Metric
 
 from lightning_lookahead import _records
-from lightning_lookahead._batches import batches, held_out_loaders, stage
+from lightning_lookahead._batches import Given, check_repeatable, held_out, ready, stage
 from lightning_lookahead._evaluation import Evaluation, classify
 from lightning_lookahead._records import Record
 from lightning_lookahead._undisturbed import undisturbed
@@ -39,7 +38,7 @@ class InnerOuterMonitor:
         metric: Any torchmetrics metric that gives one number; by default multiclass accuracy.
         step: A function of the module and a batch that returns prediction and target for the metric and, if it
             returns three things, a mean loss. By default a batch ``(x, y)`` gives ``module(x), y``, and the loss is
-            their cross entropy if the metric is not given either. It must not call ``self.log``.
+            their cross entropy if the metric is not given either. What it logs goes nowhere.
         data: The held-out batches, as a loader or a list; by default from the Trainer's validation loaders.
         every_n_syncs: Begin another window so many syncs after a window began, all through training; at least 1.
         save_csv: Write the records to ``inner_outer.csv`` in the Trainer's ``log_dir`` as they come.
@@ -100,6 +99,7 @@ class InnerOuterMonitor:
         if metric is not None and not isinstance(metric, Metric):
             message = f"metric={metric!r} is a {type(metric).__name__}; it must be a torchmetrics Metric."
             raise TypeError(message)
+        check_repeatable("data", data)
         self.updates = updates
         self.start = start
         self.batches = batches
@@ -128,11 +128,13 @@ class InnerOuterMonitor:
         self._steps, self._published = slow.steps, len(self.history)
         self._window.begin(slow.steps, slow.syncs)
         self._evaluation.measure(trainer, self._held_out(trainer, 1))
-        if self.save_csv:
+        if self.save_csv and not trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by a part of the Trainer
             self._file = Path(trainer.log_dir or trainer.default_root_dir) / "inner_outer.csv"
             self._write(trainer, self.history, new=True)
         if slow.steps_since_sync == 0:
             self.after_sync(trainer, slow)
+        elif self._window.has_step(slow.steps, slow.syncs):  # the run was stopped before it was evaluated
+            self._evaluate(trainer, "inner")
 
     def after_step(self, trainer: Trainer, slow: SlowWeights) -> None:
         """Evaluate theta if an inner step was taken and belongs to a window."""
@@ -176,18 +178,17 @@ class InnerOuterMonitor:
 
     def _held_out(self, trainer: Trainer, limit: int | None) -> list[Any]:
         """The first held-out batches, on the device."""
-        given = self.data is not None
-        loaders = [self.data] if given else held_out_loaders(trainer)
-        limits = [None] if given else trainer.num_val_batches
-        with undisturbed(trainer.lightning_module, loaders), stage(trainer, training=False):
-            ready = list(islice(batches(trainer, loaders, limits), limit))
-        if not ready:
+        with undisturbed(trainer.lightning_module), stage(trainer, training=False):
+            loaders = Given(self.data) if self.data is not None else held_out(trainer)
+            with undisturbed(trainer.lightning_module, loaders.parts):
+                batches = list(ready(trainer, loaders, limit))
+        if not batches:
             message = (
                 "InnerOuterMonitor has no held-out data: the Trainer validates on none. Give the fit validation data"
                 " or the monitor batches of its own, data=."
             )
             raise ValueError(message)
-        return ready
+        return batches
 
     # -- showing
 

@@ -29,6 +29,11 @@ class Failing(Model):
         raise ValueError(message)
 
 
+class Mislogging(Model):
+    def training_step(self, batch, batch_idx):
+        self.log("x", "hello")
+
+
 class Data(LightningDataModule):
     def train_dataloader(self):
         return DataLoader(images(64, 2), batch_size=8)

@@ -159,6 +159,12 @@ BAD = {
     "fit --trainer.max_epochs=many": 'Parser key "trainer.max_epochs"',
     "fit --trainer.accelerator=abacus": "accelerator='abacus'",
     "fit --ckpt_path=none.ckpt": "none.ckpt",
+    "fit --lookahead=null": "lookahead",
+    "fit --trainer.callbacks=lightning_lookahead.LookaheadCallback": "LookaheadCallback",
+    "fit --ckpt_path=odd.ckpt": "no Lightning checkpoint",
+    "fit --ckpt_path=folder": "folder",
+    "fit --optimizer=SGD --optimizer.lr=-1": "Invalid learning rate",
+    "compare --ckpt_path=both.ckpt --json=/nowhere/x.json": "json=/nowhere/x.json cannot be written",
     "compare": "give --ckpt_path",
     "compare --ckpt_path=none.ckpt": "none.ckpt",
     "compare --ckpt_path=cut.ckpt": "ckpt_path=cut.ckpt cannot be read",
@@ -172,6 +178,11 @@ def test_a_bad_value_gives_one_line_and_exit_code_2():
     trainer = make_trainer(max_steps=2)
     trainer.fit(Model(), Data())
     trainer.save_checkpoint("plain.ckpt")
+    trainer = make_trainer(LookaheadCallback(k=3), max_steps=2)
+    trainer.fit(Model(), Data())
+    trainer.save_checkpoint("both.ckpt")
+    torch.save({"a": 1}, "odd.ckpt")
+    Path("folder").mkdir()
     Path("cut.ckpt").write_bytes(Path("plain.ckpt").read_bytes()[:2000])
 
     def refused(line):
@@ -188,12 +199,12 @@ def test_a_bad_value_gives_one_line_and_exit_code_2():
         assert not any("error" in other.lower() for other in stderr.splitlines()[:-1]), line
 
 
-def test_an_error_of_the_model_keeps_its_traceback():
-    done = run(
-        "fit", "--model=cli_module.Failing", "--data=cli_module.Data", *QUIET, "--trainer.logger=false", expect=1
-    )
+@pytest.mark.parametrize(("model", "message"), [("Failing", "of the model's own"), ("Mislogging", "hello")])
+def test_an_error_of_the_model_keeps_its_traceback(model, message):
+    done = run("fit", f"--model=cli_module.{model}", OURS[1], *QUIET, "--trainer.logger=false", expect=1)
     assert "Traceback" in done.stderr
-    assert "ValueError: of the model's own" in done.stderr
+    assert "training_step" in done.stderr
+    assert message in done.stderr
 
 
 class Unparsed(LookaheadCLI):

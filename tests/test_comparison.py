@@ -130,8 +130,13 @@ def test_a_shuffling_loader_gives_both_the_same_data_and_is_left_as_it_was():
     trainer, model, _ = trained(7, Classifier(), limit_val_batches=1)
     generator = torch.Generator().manual_seed(5)
     before = generator.get_state()
-    seen = []
-    model.validation_step = lambda batch, batch_idx: seen.append(batch[0])  # noqa: ARG005 (Lightning's names)
+    seen, validate = [], model.validation_step
+
+    def validation_step(batch, batch_idx):
+        seen.append(batch[0])
+        validate(batch, batch_idx)
+
+    model.validation_step = validation_step
     compare_weights(trainer, model, DataLoader(images(40, 3), batch_size=20, shuffle=True, generator=generator))
     assert torch.equal(*seen)
     assert torch.equal(generator.get_state(), before)
@@ -222,7 +227,6 @@ def test_a_checkpoint_with_one_set_is_refused_and_the_model_keeps_its_weights(we
         compare_weights(trainer, model, ckpt_path="run.ckpt")
     for now, then in zip(both(callback, model), before, strict=True):
         assert equal(now, then)
-    assert "load_checkpoint" not in vars(trainer.strategy) or trainer.strategy.load_checkpoint.args
 
 
 def test_a_run_that_is_under_way_is_left_alone():
@@ -322,6 +326,155 @@ def test_what_cannot_be_recalibrated_says_so():
     with pytest.raises(ValueError, match="gives no training data.*recalibrate_batch_norm=loader"):
         compare_weights(make_trainer(limit_val_batches=1.0), model, ckpt_path="run.ckpt", recalibrate_batch_norm=True)
     assert isinstance(callback.slow_weights[0], SlowWeights)
+
+
+class Frozen(Classifier):
+    """Its second BatchNorm is in evaluation mode in training, too: it has statistics of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.frozen = torch.nn.BatchNorm1d(4)
+        self.frozen.running_mean.fill_(5.0)
+        self.frozen.eval()
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.frozen.eval()
+        return self
+
+    def forward(self, x):
+        return self.net(self.frozen(x + 5))
+
+
+@pytest.mark.parametrize("ckpt_path", [None, "run.ckpt"])
+def test_statistics_that_do_not_train_are_kept(ckpt_path):
+    trainer, model, _ = trained(7, Frozen(), LookaheadCallback(k=3, recalibrate_batch_norm=True))
+    trainer.save_checkpoint("run.ckpt")
+    seen = []
+    model.on_validation_epoch_end = lambda: seen.append(
+        (model.frozen.running_mean.clone(), model.net[1].running_mean.clone())
+    )
+    compare_weights(trainer, model, ckpt_path=ckpt_path, recalibrate_batch_norm=True)
+    assert all(torch.equal(frozen, torch.full((4,), 5.0)) for frozen, _ in seen)
+    assert not torch.equal(seen[0][1], seen[1][1])
+    assert not torch.equal(seen[0][1], model.net[1].running_mean)
+    trainer.fit_loop.max_epochs = 9
+    seen.clear()
+    model = Frozen()
+    model.on_validation_epoch_end = lambda: seen.append(model.frozen.running_mean.clone())
+    trained(7, model, LookaheadCallback(k=3, recalibrate_batch_norm=True), val_check_interval=3)
+    assert seen
+    assert all(torch.equal(frozen, torch.full((4,), 5.0)) for frozen in seen)
+
+
+def test_a_recalibration_that_fails_leaves_the_layers_as_they_were():
+    trainer, model, _ = trained(7, Classifier())
+    before = everything(model)
+    with pytest.raises(RuntimeError, match="shape"):
+        compare_weights(trainer, model, recalibrate_batch_norm=[torch.ones(4, 4), torch.ones(4, 5)])
+    assert model.net[1].momentum == 0.1
+    for now, then in zip(everything(model), before, strict=True):
+        assert same(now, then)
+
+
+def test_no_more_training_data_are_used_than_in_training():
+    class Endless(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            while True:
+                yield from images(8, 2)
+
+    class Streaming(Classifier):
+        calls = 0
+
+        def train_dataloader(self):
+            return DataLoader(Endless(), batch_size=8)
+
+        def forward(self, x):
+            self.calls += self.net.training
+            return self.net(x)
+
+    trainer, model, _ = trained(3, Streaming(), limit_train_batches=3)
+    model.calls = 0
+    compare_weights(trainer, model, recalibrate_batch_norm=True)
+    assert model.calls == 2 * 3
+
+
+def test_data_of_the_module_with_a_generator_of_their_own_are_the_same_for_both_and_left_as_they_were():
+    class Shuffling(Classifier):
+        def __init__(self):
+            super().__init__()
+            self.own, self.seen = torch.Generator().manual_seed(4), []
+
+        def val_dataloader(self):
+            return DataLoader(images(40, 3), batch_size=4, shuffle=True, generator=self.own)
+
+        def validation_step(self, batch, batch_idx):
+            super().validation_step(batch, batch_idx)
+            self.seen.append(batch[0])
+
+    trainer, model, _ = trained(7, Shuffling(), limit_val_batches=2)
+    before = model.own.get_state()
+    model.seen.clear()
+    compare_weights(trainer, model)
+    assert torch.equal(torch.stack(model.seen[:2]), torch.stack(model.seen[2:]))
+    assert torch.equal(model.own.get_state(), before)
+
+
+def test_an_average_of_another_callback_is_neither_set():
+    from lightning.pytorch.callbacks import EMAWeightAveraging  # noqa: PLC0415
+
+    callback, model = LookaheadCallback(k=3), Regression(batches=8)
+    middle = ModelCheckpoint(".", "middle", every_n_train_steps=5, save_on_train_epoch_end=False)
+    trainer = make_trainer(callback, EMAWeightAveraging(decay=0.5), middle, max_steps=7, limit_val_batches=1.0)
+    trainer.fit(model)
+    with pytest.raises(ValueError, match="EMAWeightAveraging has put its average in the place of the fast weights"):
+        compare_weights(trainer, model)
+    for own in (trainer, make_trainer(EMAWeightAveraging(decay=0.5), limit_val_batches=1.0)):
+        callbacks = list(own.callbacks)
+        comparison = compare_weights(own, Regression(), ckpt_path="middle.ckpt")
+        assert (comparison.slow, comparison.fast) == expected(5)
+        assert own.callbacks == callbacks
+    again = compare_weights(make_trainer(limit_val_batches=1.0), Regression(), ckpt_path="middle.ckpt")
+    assert (again.slow, again.fast) == expected(5)
+
+
+@pytest.mark.parametrize("size", [0, 1000, 0.5])
+def test_a_damaged_file_is_named_and_the_model_keeps_its_weights(size):
+    trainer, model, _ = trained()
+    trainer.save_checkpoint("run.ckpt")
+    content = Path("run.ckpt").read_bytes()
+    Path("run.ckpt").write_bytes(content[: int(len(content) * size) if size == 0.5 else size])
+    before = model.weights()
+    with pytest.raises(ValueError, match="run.ckpt cannot be read as a checkpoint"):
+        compare_weights(trainer, model, ckpt_path="run.ckpt")
+    assert equal(model.weights(), before)
+
+
+def test_validation_that_shows_nothing_and_data_that_can_be_read_once_are_refused():
+    trainer, model, _ = trained()
+    with pytest.raises(ValueError, match="dataloaders is an iterator"):
+        compare_weights(trainer, model, iter([torch.ones(1)]))
+    model.validation_step = lambda batch, batch_idx: None  # noqa: ARG005 (Lightning's names)
+    with pytest.raises(ValueError, match="validation logged no metric"):
+        compare_weights(trainer, model)
+
+
+def test_the_strategy_s_own_loader_is_there_again():
+    trainer, model, _ = trained()
+    trainer.save_checkpoint("run.ckpt")
+    before = trainer.strategy.load_checkpoint
+    compare_weights(trainer, model, ckpt_path="run.ckpt")
+    assert trainer.strategy.load_checkpoint is before
+    fresh = make_trainer(limit_val_batches=1.0)
+    compare_weights(fresh, Regression(), ckpt_path="run.ckpt")
+    assert "load_checkpoint" not in vars(fresh.strategy)
+
+
+def test_a_compiled_module_is_compared():
+    trained()[0].save_checkpoint("run.ckpt")
+    compiled = torch.compile(Regression(), backend="eager")
+    comparison = compare_weights(make_trainer(limit_val_batches=1.0), compiled, ckpt_path="run.ckpt")
+    assert (comparison.slow, comparison.fast) == expected()
 
 
 # -- the table

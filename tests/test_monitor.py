@@ -11,15 +11,25 @@ from pathlib import Path
 import pytest
 import torch
 from classifier import Classifier, everything, images, same
-from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities import CombinedLoader
 from runs import Regression, equal, inputs, make_trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
-from torchmetrics import ConfusionMatrix, CosineSimilarity, MeanSquaredError, MetricCollection, R2Score
+from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler
+from torchmetrics import (
+    CatMetric,
+    ConfusionMatrix,
+    CosineSimilarity,
+    MeanMetric,
+    MeanSquaredError,
+    MetricCollection,
+    R2Score,
+)
 
 from lightning_lookahead import InnerOuterMonitor, LookaheadCallback
+from lightning_lookahead._undisturbed import undisturbed
 
 
 def fit(model, monitor=None, *callbacks, k=3, ckpt_path=None, **settings):
@@ -502,3 +512,269 @@ def test_what_does_not_fit_is_said_before_the_first_step(model_class, arguments,
         fit(model, InnerOuterMonitor(start=start, **arguments), **settings)
     assert equal(model.weights(), before)
     assert model.order == []
+
+
+# -- what an evaluation might have left behind
+
+
+def run_both(make, **settings):
+    """The end of a run with the monitor and without, of models that ``make`` gives."""
+    ends = []
+    for monitor in (InnerOuterMonitor(updates=6, every_n_syncs=2, data=settings.get("data")), None):
+        torch.manual_seed(7)
+        model = make()
+        own = {name: value for name, value in settings.items() if name != "data"}
+        trainer = fit(model, monitor, **{"max_epochs": 3, **own})
+        with trainer.callbacks[0].use_weights("fast"):
+            ends.append([*model.weights(), torch.get_rng_state(), torch.tensor(model.order)])
+    return ends
+
+
+class DrawingData(Classifier):
+    """Draws random numbers when it is asked for its validation data, and says when that was."""
+
+    def val_dataloader(self):
+        self.order.append(1000.0 + self.trainer.current_epoch)
+        indices = torch.randperm(40)[:20].tolist()
+        return DataLoader(torch.utils.data.Subset(images(40, 3), indices), batch_size=10)
+
+
+@pytest.mark.parametrize("settings", [{"check_val_every_n_epoch": 2}, {"reload_dataloaders_every_n_epochs": 1}])
+def test_validation_data_that_are_drawn_when_they_are_loaded_are_loaded_when_they_would_be(settings):
+    watched, plain = run_both(DrawingData, **settings, max_epochs=4)
+    # the monitor may ask for data of its own, but draws nothing for the run
+    kept = [value for value in watched[-1].tolist() if value < 1000]
+    assert kept == [value for value in plain[-1].tolist() if value < 1000]
+    assert equal(watched[:-1], plain[:-1])
+
+
+class NoisyMetric(MeanSquaredError):  # noqa: N818 (a mean squared error is no exception)
+    def compute(self):
+        return super().compute() + 0 * torch.rand(())
+
+
+def test_a_metric_that_draws_when_it_is_computed_changes_nothing():
+    ends = []
+    for monitor in (
+        InnerOuterMonitor(updates=6, metric=NoisyMetric(), step=lambda m, b: (m(b[0])[:, 0], b[1].float())),
+        None,
+    ):
+        torch.manual_seed(7)
+        model = Classifier()
+        fit(model, monitor)
+        ends.append([*model.weights(), torch.get_rng_state()])
+    assert equal(*ends)
+
+
+class Buffered(Classifier):
+    """Has buffers that cannot be written to in place, are shared, and are replaced in a forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mask", torch.ones(1, 4).expand(3, 4))
+        self.register_buffer("count", torch.zeros(()))
+        self.net[1].register_buffer("count", self.count)
+
+    def forward(self, x):
+        self.count = self.count + 1
+        return self.net(x * self.mask[0])
+
+
+def test_buffers_that_are_expanded_shared_or_replaced_are_the_same_objects_afterwards():
+    watched, plain = run_both(Buffered)
+    assert equal(watched, plain)
+    model = Buffered()
+    before = list(model.named_buffers(remove_duplicate=False))
+    with undisturbed(model):
+        model(torch.ones(2, 4))
+        model.net[1].count += 5
+        assert model.mask.data_ptr() != before[0][1].data_ptr()
+    after = list(model.named_buffers(remove_duplicate=False))
+    assert all(name == other and now is then for (name, now), (other, then) in zip(after, before, strict=True))
+    assert model.count == 0
+
+
+def test_a_backward_that_is_yet_to_come_does_not_notice():
+    class Pending(Classifier):
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization = False
+            self.register_buffer("scale", torch.ones(()))
+
+        def training_step(self, batch, batch_idx):
+            first, second = self.optimizers()
+            loss = (self.net[4](torch.ones(2, 8)) * self.scale).square().mean()
+            other = (self.net[0](batch[0]) * self.scale).square().mean()
+            self.manual_backward(other)
+            first.step()
+            self.manual_backward(loss)
+            second.step()
+            for optimizer in (first, second):
+                optimizer.zero_grad()
+
+        def configure_optimizers(self):
+            return [torch.optim.SGD(self.net[part].parameters(), lr=0.1) for part in (0, 4)]
+
+    assert equal(*run_both(Pending))
+
+
+def test_what_metrics_have_gathered_is_put_back_also_lists_and_cached_results():
+    class Gathering(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.mean, self.all, self.off = MeanMetric(), CatMetric(), nn.Linear(1, 1).eval()
+
+    module = Gathering()
+    for metric in (module.mean, module.all):
+        metric.update(torch.tensor([1.0, 3.0]))
+    first = module.mean.compute()
+    with undisturbed(module):
+        module.train()
+        for metric in (module.mean, module.all):
+            metric.update(torch.tensor([100.0]))
+            metric(torch.tensor([100.0]))
+        module.all.reset()
+    assert module.mean.compute() == first == 2.0
+    assert module.mean.update_count == module.all.update_count == 1
+    assert module.all.compute().tolist() == [1.0, 3.0]
+    assert module.training
+    assert not module.off.training
+
+
+@pytest.mark.parametrize("where", ["loader", "sampler", "batch sampler", "attribute", "attribute's loader"])
+def test_generators_of_loaders_and_modules_are_put_back(where):
+    generator = torch.Generator().manual_seed(1)
+    data, plain = images(8, 1), RandomSampler(range(8))
+    sampler = RandomSampler(range(8), generator=generator)
+    loader = {
+        "loader": lambda: DataLoader(data, generator=generator, sampler=plain),
+        "sampler": lambda: DataLoader(data, sampler=sampler),
+        "batch sampler": lambda: DataLoader(data, batch_sampler=BatchSampler(sampler, 2, drop_last=False)),
+    }.get(where, lambda: DataLoader(data, shuffle=True, generator=generator))()
+    module = nn.Linear(1, 1)
+    if where == "attribute":
+        module.generator = generator
+    if where == "attribute's loader":
+        module.loader = loader
+    before = generator.get_state()
+    with undisturbed(module, [] if "attribute" in where else [loader]):
+        list(loader)
+        assert not torch.equal(generator.get_state(), before)
+    assert torch.equal(generator.get_state(), before)
+
+
+def test_a_step_sees_a_validating_trainer_without_gradients_in_its_precision_and_training_goes_on_as_before():
+    seen, training = [], []
+
+    def step(module, batch):
+        trainer = module.trainer
+        seen.append((trainer.validating, module.training, torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")))
+        return module(batch[0]), batch[1]
+
+    class Watching(Classifier):
+        def on_train_batch_start(self, batch, batch_idx):
+            training.append(self.trainer.training and self.training)
+
+    fit(Watching(), InnerOuterMonitor(updates=4, step=step), precision="bf16-mixed")
+    assert set(seen) == {(True, False, False, True)}
+    assert training == [True] * 8
+
+
+def test_hooks_of_transfer_are_called_with_the_index_of_the_loader():
+    class Two(Classifier):
+        def val_dataloader(self):
+            return [DataLoader(images(20, 3), batch_size=10), DataLoader(images(10, 4), batch_size=10)]
+
+        def on_before_batch_transfer(self, batch, dataloader_idx):
+            return [*batch, dataloader_idx]
+
+        def validation_step(self, batch, batch_idx, dataloader_idx):
+            pass
+
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch[:2], batch_idx)
+
+    seen = []
+    fit(Two(), InnerOuterMonitor(updates=1, step=lambda m, b: (seen.append(int(b[2])), (m(b[0]), b[1]))[1]))
+    assert seen == [0, *[0, 0, 1] * 2]
+
+
+def test_combined_loaders_give_the_batches_that_validation_sees():
+    class Combined(Classifier):
+        def val_dataloader(self):
+            parts = {"a": DataLoader(images(20, 3), batch_size=10), "b": DataLoader(images(30, 4), batch_size=10)}
+            return CombinedLoader(parts, "max_size_cycle")
+
+        def validation_step(self, batch, batch_idx):
+            pass
+
+    seen = []
+    fit(Combined(), InnerOuterMonitor(updates=1, step=lambda m, b: (seen.append(set(b)), (m(b["a"][0]), b["a"][1]))[1]))
+    assert seen == [{"a", "b"}] * 7
+
+
+def test_a_metric_of_the_module_itself_is_not_used_up_and_a_short_last_batch_counts_for_less():
+    model = Classifier()
+    x, y = images(12, 9)[:]
+    monitor = InnerOuterMonitor(updates=1, metric=model.accuracy, data=[(x[:10], y[:10]), (x[10:], y[10:])])
+    monitor.step = lambda module, batch: (
+        module(batch[0]),
+        batch[1],
+        nn.functional.cross_entropy(module(batch[0]), batch[1]),
+    )
+    monitor.reset()
+    fit(model, monitor, limit_val_batches=0)
+    assert model.accuracy.update_count == 0
+    fresh = Classifier().eval()
+    assert monitor.history[0].loss == pytest.approx(nn.functional.cross_entropy(fresh(x), y).item(), rel=1e-6)
+
+
+def test_data_that_can_be_read_once_are_refused():
+    with pytest.raises(ValueError, match="data is an iterator, which gives its batches once"):
+        InnerOuterMonitor(data=iter([]))
+
+
+def test_data_are_let_go_of_when_no_window_comes_any_more():
+    held = []
+
+    class Looking(Classifier):
+        def on_train_batch_end(self, *_):
+            held.append(len(monitor._ready))
+
+    monitor = InnerOuterMonitor(updates=3)
+    fit(Looking(), monitor)
+    assert held == [2, 2, 0, 0, 0, 0, 0, 0]
+    repeating = InnerOuterMonitor(updates=3, every_n_syncs=2)
+    fit(Classifier(), repeating)
+    assert repeating._ready == []
+
+
+def test_a_step_whose_evaluation_was_interrupted_is_evaluated_after_a_resume():
+    def monitor(fails):
+        def step(module, batch):
+            if fails and module.trainer.global_step == 5 and not module.training:
+                raise KeyboardInterrupt
+            return regress(module, batch)
+
+        return InnerOuterMonitor(updates=9, metric=MeanSquaredError(), step=step)
+
+    whole = monitor(fails=False)
+    fit(Held(batches=20), whole)
+    with pytest.raises(SystemExit):
+        fit(Held(batches=20), monitor(fails=True), OnExceptionCheckpoint(".", "stop"))
+    resumed = monitor(fails=False)
+    fit(Held(batches=20), resumed, ckpt_path="stop.ckpt")
+    assert resumed.history == whole.history
+
+
+def test_after_a_manual_fit_no_hook_is_left_on_the_optimizer():
+    trainer = fit(Manual(), None)
+    (optimizer,) = trainer.optimizers
+    assert not optimizer._optimizer_step_post_hooks
+    assert not optimizer._optimizer_step_pre_hooks
+
+
+def test_values_go_to_loggers_once():
+    logger = CSVLogger(".", name="table")
+    fit(Classifier(), InnerOuterMonitor(updates=3), logger=logger, log_every_n_steps=1)
+    assert len([row for row in logged_by(logger) if row.get("lookahead/inner_acc")]) == 3

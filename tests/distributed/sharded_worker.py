@@ -20,9 +20,16 @@ from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolic
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from lightning_lookahead import LookaheadCallback
+from lightning_lookahead import Linear, LookaheadCallback
 
 STEPS, K = 8, 3
+MODES = {
+    "": {},
+    "reset": {"pullback_momentum": "reset"},
+    "pullback": {"pullback_momentum": "pullback"},
+    "schedule": {"alpha": Linear(0.3, 0.9, 2), "start_step": 1},
+    "groups": {"exclude": "net.0.bias", "nonfinite": "restore", "slow_dtype": "float64"},
+}
 BACKEND = "nccl" if torch.cuda.is_available() else "gloo"
 
 
@@ -109,8 +116,8 @@ def local(tensor):
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def fit(kind, optimizer, *callbacks, steps=STEPS, ckpt_path=None, **settings):
-    module, callback = Sharded(optimizer, kind), LookaheadCallback(k=K, alpha=0.5)
+def fit(kind, optimizer, *callbacks, steps=STEPS, ckpt_path=None, mode="", **settings):
+    module, callback = Sharded(optimizer, kind), LookaheadCallback(**{"k": K, "alpha": 0.5, **MODES[mode]})
     nodes = int(os.environ.get("GROUP_WORLD_SIZE", "1"))
     world = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     settings = {"limit_val_batches": 1, "val_check_interval": 2, "max_steps": steps, **settings}
@@ -122,8 +129,10 @@ def fit(kind, optimizer, *callbacks, steps=STEPS, ckpt_path=None, **settings):
 
 
 def main():
-    action, kind, optimizer, *paths = (argument for argument in sys.argv[1:] if argument != "accumulate")
+    mode = next((argument for argument in sys.argv if argument in MODES), "")
+    action, kind, optimizer, *paths = (part for part in sys.argv[1:] if part not in {"accumulate", mode})
     settings = {"accumulate_grad_batches": 2} if "accumulate" in sys.argv else {}
+    settings["mode"] = mode
     for path in map(Path, paths):
         if action == "train":
             every = ModelCheckpoint(path, "{step}", every_n_train_steps=1, save_top_k=-1, save_on_train_epoch_end=False)
@@ -133,7 +142,7 @@ def main():
             trainer, _, callback = fit(kind, optimizer, ckpt_path=path, **settings)
             trainer.save_checkpoint(path.with_name(f"{path.stem}-resumed.ckpt"))
         counted = callback.slow_weights[0].steps, callback.slow_weights[0].syncs
-        assert counted == (STEPS, STEPS // K), f"counted {counted}"
+        assert counted == (STEPS, (STEPS - callback.start_step) // K), f"counted {counted}"
         assert trainer.global_step == STEPS
     leave()
 

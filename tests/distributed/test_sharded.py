@@ -6,7 +6,7 @@ import pytest
 import torch
 from oracle import lookahead
 from runs import equal
-from sharded_worker import STEPS, K, Sharded
+from sharded_worker import MODES, STEPS, K, Sharded
 from test_resume import run
 
 from lightning_lookahead import load_weights
@@ -72,6 +72,26 @@ def test_adam_and_accumulation(kind, tmp_path):
     run(WORKER, "resume", kind, "Adam", "accumulate", *(tmp_path / f"step={step}.ckpt" for step in (1, 5)), processes=2)
     for step in (1, 5):
         assert same(loaded(tmp_path / f"step={step}-resumed.ckpt"), end)
+
+
+@pytest.mark.parametrize("optimizer", ["SGD", "Adam"])
+@pytest.mark.parametrize(("kind", "mode"), [("fsdp2", mode) for mode in MODES if mode] + [("fsdp1", "pullback")])
+def test_the_modes_give_what_one_process_gives_and_resume_bit_for_bit(kind, mode, optimizer, tmp_path):
+    run(WORKER, "train", kind, optimizer, mode, tmp_path, processes=2)
+    end = loaded(tmp_path / "end.ckpt")
+    run(WORKER, "train", "ddp", optimizer, mode, tmp_path / "one", processes=2)
+    tolerance = 1e-5 if "fsdp1" in kind else 1e-11
+    assert close(
+        end, {w: as_(end[w], values) for w, values in loaded(tmp_path / "one" / "end.ckpt").items()}, tolerance
+    )
+    steps = (2, 3, 4)
+    run(WORKER, "resume", kind, optimizer, mode, *(tmp_path / f"step={step}.ckpt" for step in steps), processes=2)
+    for step in steps:
+        assert same(loaded(tmp_path / f"step={step}-resumed.ckpt"), end)
+
+
+def as_(names, values):
+    return {name: values[name].to(names[name].dtype) for name in names if name in values}
 
 
 @pytest.mark.parametrize("processes", [1, 3])
