@@ -50,6 +50,8 @@ class AdaptiveAlpha:
     - ``"hvp"``: the gradient of the last batch's loss at theta, and its derivative along ``d``. A forward and two
       backward passes.
 
+    Under DDP the last two average over the ranks' losses, by a collective of two numbers.
+
     ``"secant"`` and ``"hvp"`` are exact on a quadratic. Second moments are small beside the curvature: with
     ``"fisher"`` the bounds decide more often than not. The paper found no gain in generalization over a fixed alpha.
 

@@ -33,6 +33,8 @@ class Momentum:
     Args:
         optimizer: The inner optimizer.
         mode: Which of the three.
+        sharded: Whether the parameters are. A reset then writes to the state and removes nothing: what a checkpoint
+            of shards does not have, `torch.distributed.checkpoint` does not load.
 
     Raises:
         ValueError: If ``mode`` is unknown or would do nothing for this optimizer.
@@ -40,12 +42,13 @@ class Momentum:
     Source: Zhang, Lucas, Hinton, Ba 2019, section 3 and appendix; the official code's ``pullback_momentum``.
     """
 
-    def __init__(self, optimizer: Optimizer, mode: Mode) -> None:
+    def __init__(self, optimizer: Optimizer, mode: Mode, *, sharded: bool = False) -> None:
         check_choice("pullback_momentum", mode, MODES)
         self.mode = mode
         self.previous: dict[str, dict[Tensor, Tensor]] = {}
         """First moments after the last sync: name -> parameter -> value. Zero if it is not there."""
         self._optimizer = optimizer
+        self._sharded = sharded
         if mode != "none":
             self._check()
 
@@ -85,6 +88,9 @@ class Momentum:
         for group in self._optimizer.param_groups:
             early = _makes_state_early(self._optimizer, group)
             for parameter in set(parameters).intersection(group["params"]):
+                if self._sharded:
+                    _start_anew(self._optimizer.state.get(parameter, {}), group)
+                    continue
                 self._optimizer.state.pop(parameter, None)
                 if early:
                     self._optimizer.state[parameter] = _new(self._optimizer, group, parameter).state[parameter]
@@ -93,6 +99,13 @@ class Momentum:
         """Raise if no group of the optimizer has what this is about."""
         known = [state_names(self._optimizer, group) for group in self._optimizer.param_groups]
         wanted = known if self.mode == "reset" else [names.intersection(FIRST_MOMENTS) for names in known]
+        dampened = [group for group in self._optimizer.param_groups if group.get("dampening", 0)]
+        if self._sharded and self.mode == "reset" and dampened:
+            message = (
+                "pullback_momentum='reset' does not work with sharded parameters and an optimizer with dampening, which"
+                " leaves out the first step of a new optimizer: set dampening to 0."
+            )
+            raise ValueError(message)
         if not any(wanted):
             what = "state" if self.mode == "reset" else "momentum (momentum_buffer, exp_avg)"
             message = (
@@ -100,6 +113,18 @@ class Momentum:
                 f" {what}. Give 'none', or the optimizer momentum."
             )
             raise ValueError(message)
+
+
+@torch.no_grad()
+def _start_anew(state: dict[str, Any], group: dict[str, Any]) -> None:
+    """Write to a parameter's state what torch's optimizers begin with."""
+    first: dict[str, Any] = {"mu": 1.0, "mu_product": 1.0, "eta": group.get("lr"), "step_size": group.get("lr")}
+    first["sum"] = group.get("initial_accumulator_value", 0.0)
+    for name, value in state.items():
+        if isinstance(value, torch.Tensor):
+            value.fill_(first.get(name, 0.0))
+        elif isinstance(value, (int, float)):
+            state[name] = type(value)(first.get(name, 0))
 
 
 def _dummy() -> nn.Parameter:

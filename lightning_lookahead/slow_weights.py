@@ -182,7 +182,7 @@ class SlowWeights:
         self.alpha = alpha
         self._start_step = check_start(start_step)
         self._cycles = Cycles(optimizer, k, alpha, start_step)
-        self._momentum = Momentum(optimizer, pullback_momentum)
+        self._momentum = Momentum(optimizer, pullback_momentum, sharded=sharded)
         self.loss = TrainingLoss(loss) if loss is not None else None
         """The training loss of the last batch, for an alpha that needs it."""
         if isinstance(alpha, AdaptiveAlpha):

@@ -9,7 +9,7 @@ from test_slow_weights import OPTIMIZERS, Problem
 from torch import nn
 
 from lightning_lookahead import LookaheadCallback, SlowWeights
-from lightning_lookahead.momentum import FIRST_MOMENTS, state_names
+from lightning_lookahead.momentum import FIRST_MOMENTS, Momentum, state_names
 
 ALPHA, K, STEPS = 0.6, 2, 7
 
@@ -95,6 +95,32 @@ def test_reset_makes_the_state_that_of_a_new_optimizer(optimizer_class):
         problem.step(index)
         other.step(index)
     assert equal(problem.parameters, other.parameters)
+
+
+@pytest.mark.parametrize(
+    "optimizer_class",
+    [entry for entry in OPTIMIZERS if entry is not torch.optim.LBFGS],  # one state for all, which no strategy shards
+    ids=lambda entry: entry.__name__,
+)
+def test_reset_in_place_as_of_shards_is_the_same(optimizer_class):
+    """Sharded parameters themselves are in the tests of several processes."""
+    settings = {"momentum": 0.9} if optimizer_class is torch.optim.SGD else {}
+    removed, written = Problem(optimizer_class, **settings), Problem(optimizer_class, **settings)
+    for problem, sharded in ((removed, False), (written, True)):
+        momentum = Momentum(problem.optimizer, "reset", sharded=sharded)
+        for index in range(3):
+            problem.step(index)
+        momentum.reset(problem.parameters)
+        assert any(problem.optimizer.state.values()) or not sharded
+        for index in range(3, 6):
+            problem.step(index)
+    assert equal(removed.parameters, written.parameters)
+
+
+def test_what_a_new_optimizer_does_differently_is_refused_for_shards():
+    optimizer = Problem(torch.optim.SGD, momentum=0.9, dampening=0.5).optimizer
+    with pytest.raises(ValueError, match="set dampening to 0"):
+        Momentum(optimizer, "reset", sharded=True)
 
 
 @pytest.mark.parametrize("optimizer_class", OPTIMIZERS, ids=lambda entry: entry.__name__)

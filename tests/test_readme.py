@@ -85,6 +85,14 @@ def test_the_windows_of_the_digits_are_drawn_and_counted(tmp_path):
     assert (tmp_path / "outputs" / "figure10.png").stat().st_size > 10_000
 
 
+def test_the_gan_trains_in_three_ways(tmp_path):
+    program = ROOT / "examples" / "gan.py"
+    command = [sys.executable, program, "--seeds", "1", "--steps", "12"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
+    rows = re.findall(r"│ ([A-Z].*?) +│", done.stdout)
+    assert rows == ["Adam", "Lookahead, each by itself", "Lookahead, together"]
+
+
 @pytest.mark.parametrize(
     ("heading", "documented"), [("option", LookaheadCallback), ("option of the monitor", InnerOuterMonitor)]
 )

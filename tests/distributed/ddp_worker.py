@@ -13,7 +13,7 @@ from lightning.pytorch import Callback
 from resume_worker import Ranked
 from runs import both, equal, leave, make_trainer
 
-from lightning_lookahead import LookaheadCallback
+from lightning_lookahead import AdaptiveAlpha, LookaheadCallback
 
 
 def agree(tensors):
@@ -67,6 +67,11 @@ def main():
     assert not equal(theta, phi)
     if trainer.is_global_zero:
         torch.save((theta, phi), "ddp.pt")
+    for curvature in ("secant", "hvp"):  # each rank has a loss of its own, and all have to go the same way
+        adaptive = LookaheadCallback(k=3, alpha=AdaptiveAlpha(curvature), pullback_momentum="pullback")
+        make_trainer(adaptive, Agreeing(adaptive), max_steps=8, strategy="ddp", devices=2).fit(Ranked())
+        agree([torch.tensor(adaptive.slow_weights[0].last_alpha)])
+        assert adaptive.slow_weights[0].syncs == 2
     print("ranks agree")  # noqa: T201
     leave()
 
