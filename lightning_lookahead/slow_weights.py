@@ -4,46 +4,44 @@ from __future__ import annotations
 
 import functools
 import warnings
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from torch.nn.parallel import DistributedDataParallel
 
+from lightning_lookahead._both import BothWeights
 from lightning_lookahead._buffers import SlowBuffers, check_statistics
-from lightning_lookahead._carried import OTHER, Carried, Weights, adopt, fits, pack, unpack
 from lightning_lookahead._checks import (
     NONFINITE,
     check_choice,
-    check_counters,
     check_device,
     check_dtype,
     check_materialized,
     check_optimizer,
     check_start,
     check_weights,
-    warn_of_differences,
 )
 from lightning_lookahead._cycles import Cycle, Cycles
-from lightning_lookahead._inner_steps import InnerSteps, is_rehearsal
-from lightning_lookahead._sharding import any_rank, is_sharded, reshard
-from lightning_lookahead._tensors import checksum, copies, copy_, distance, interpolate_, not_finite
+from lightning_lookahead._inner_steps import is_rehearsal
+from lightning_lookahead._sharding import any_rank, is_sharded
+from lightning_lookahead._tensors import copy_, distance, interpolate_, not_finite
 from lightning_lookahead._tracked import Tracked, parameters_of
 from lightning_lookahead.adaptive import AdaptiveAlpha, TrainingLoss
 from lightning_lookahead.momentum import Mode, Momentum, state_names
 from lightning_lookahead.step_size import Length, StepSize, alpha_at, describe
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable, Iterator
+    from collections.abc import Callable, Iterable
 
     from torch import Tensor, nn
     from torch.optim import Optimizer
+
+    from lightning_lookahead._carried import Weights
 
 
 Nonfinite = Literal["raise", "skip", "restore"]
 
 
-class SlowWeights:
+class SlowWeights(BothWeights):
     """The outer loop of Lookahead around one optimizer: one slow tensor per trained parameter.
 
     Every ``k`` inner steps the slow weights go part of the way to the fast ones, and the fast ones are put there::
@@ -168,54 +166,46 @@ class SlowWeights:
         check_optimizer(optimizer)
         if model_weights is not None:
             check_weights(model_weights, "model_weights")
-        sharded = _check_parameters(optimizer, module)
-        self.optimizer = optimizer
-        self._sync_in_step = sync_in_step
         check_choice("nonfinite", nonfinite, NONFINITE)
         check_choice("buffers", buffers, ("keep", "sync"))
         if buffers == "sync":
             check_statistics(module, "buffers='sync'")
-        self.buffers = SlowBuffers(module) if module is not None and buffers == "sync" else None
-        """Slow BatchNorm statistics, if there are any."""
-        self._restored_buffers: dict[str, Any] = {}
-        self.k = k
-        self.alpha = alpha
-        self._start_step = check_start(start_step)
-        self._cycles = Cycles(optimizer, k, alpha, start_step)
-        self._momentum = Momentum(optimizer, pullback_momentum, sharded=sharded)
+        sharded = _check_parameters(optimizer, module)
+        tracked = Tracked(optimizer, list(exclude), check_dtype(slow_dtype), check_device(slow_device))
+        if not tracked.kept:
+            message = "optimizer trains no parameter: none of its parameters has requires_grad=True."
+            raise ValueError(message)
+        super().__init__(
+            optimizer,
+            k,
+            alpha,
+            tracked=tracked,
+            cycles=Cycles(optimizer, k, alpha, check_start(start_step)),
+            momentum=Momentum(optimizer, pullback_momentum, sharded=sharded),
+            buffers=SlowBuffers(module) if module is not None and buffers == "sync" else None,
+            sharded=module if sharded else None,
+            model_weights=model_weights,
+            start_step=start_step,
+        )
         self.loss = TrainingLoss(loss) if loss is not None else None
         """The training loss of the last batch, for an alpha that needs it."""
-        if isinstance(alpha, AdaptiveAlpha):
-            self._check_adaptive(alpha, sharded=sharded)
-        self._nonfinite = nonfinite
-        self._keeps_elsewhere = slow_device is not None
         self.last_alpha: float | None = None
         """The step size of the last sync."""
         self.last_distance: Tensor | None = None
         """How far theta and phi were apart just before the last sync, over all trained parameters; if measured."""
-        self._measure_distance = measure_distance
         self._module = module
-        self._sharded = module if sharded else None  # the module whose shards these are
-        self._model_weights = model_weights
-        self._inner_steps = InnerSteps()
-        self._started = False  # until the first step phi follows the parameters
-        self._restored: Carried | None = None  # loaded with the optimizer's state, not yet put in place
-        self._checksums: list[int] = []  # of the parameters beside which those were saved, in the optimizer's order
-        self._expected: Collection[str] | None = None  # what a `state_dict` has to carry
-        self._looked = False  # whether what was loaded last, if anything, has been put in place
-        self._start_over = False  # whatever the optimizer's state carries is out of date
-        self._tracked = Tracked(
-            optimizer, list(exclude), check_dtype(slow_dtype), check_device(slow_device)
-        )  # with the values of the set that the parameters do not hold
-        if not self._tracked.kept:
-            message = "optimizer trains no parameter: none of its parameters has requires_grad=True."
-            raise ValueError(message)
+        self._sync_in_step = sync_in_step
+        self._nonfinite = nonfinite
+        self._fetches = slow_device is not None
+        self._measure_distance = measure_distance
+        if isinstance(alpha, AdaptiveAlpha):
+            self._check_adaptive(alpha)
         self._step_hooks: list[Any] = []
         self._state_hooks: list[Any] = []
         self._hook()
 
-    def _check_adaptive(self, alpha: AdaptiveAlpha, *, sharded: bool) -> None:
-        if sharded:
+    def _check_adaptive(self, alpha: AdaptiveAlpha) -> None:
+        if self.sharded:
             message = f"alpha={alpha} does not work with sharded parameters: give a number or a schedule."
             raise ValueError(message)
         if alpha.needs_loss and self._sync_in_step and self.loss is None:
@@ -231,16 +221,6 @@ class SlowWeights:
     # -- counting
 
     @property
-    def holds(self) -> Weights:
-        """Which weights the parameters hold now; the other set is kept here."""
-        return self._tracked.holds
-
-    @property
-    def steps(self) -> int:
-        """Inner steps taken so far. May read one number from the device if a fused optimizer and a scaler are used."""
-        return self._inner_steps.total
-
-    @property
     def syncs(self) -> int:
         """Syncs done so far; of the optimizer's first group, if groups have a ``k`` or ``alpha`` of their own."""
         return next(iter(self._cycles)).syncs
@@ -254,14 +234,6 @@ class SlowWeights:
     def changes_alpha(self) -> bool:
         """Whether the step size is not the same number at every sync."""
         return not isinstance(self.alpha, (int, float)) or len(self._cycles) > 1
-
-    def _since(self, cycle: Cycle) -> int:
-        return max(self.steps - cycle.begins, 0)
-
-    @property
-    def sharded(self) -> bool:
-        """Whether the parameters are spread over ranks; each then keeps its own piece of both sets."""
-        return self._sharded is not None
 
     @property
     def due(self) -> bool:
@@ -291,7 +263,7 @@ class SlowWeights:
 
     def _after_step(self, optimizer: Optimizer, *_: object) -> None:
         counted = self._inner_steps.end(optimizer, self._tracked.stepped)
-        if counted and self._keeps_elsewhere and self._inner_steps.counted + 1 in {c.ends for c in self._cycles}:
+        if counted and self._fetches and self._inner_steps.counted + 1 in {c.ends for c in self._cycles}:
             self._tracked.prepare()
         if counted and self._sync_in_step and self.due:
             self.sync()
@@ -315,28 +287,32 @@ class SlowWeights:
         self._tracked.update_if_other()
         self._cycles.update(self.steps)
         ended = self._ended() or list(self._cycles)
-        kept = {cycle: self._cycles.of(cycle, self._tracked.kept) for cycle in ended}
+        own = {cycle: self._cycles.of(cycle, self._tracked.kept) for cycle in ended}
+        finite = {cycle: self._is_finite([p for p in kept if p.requires_grad]) for cycle, kept in own.items()}
         if self._measure_distance:
             self.last_distance = distance(self._tracked.kept, self._tracked.kept.values())
-        for cycle, own in kept.items():
-            trained = {fast: slow for fast, slow in own.items() if fast.requires_grad}
-            if self._is_finite(trained):
-                alpha = self._step_size(cycle, trained)
-                beside = self._tracked.beside(trained)
-                interpolate_(list(beside.values()), list(beside), alpha)
-                copy_(beside, beside.values())
-                self._tracked.put_away(trained, beside)
-                self._momentum.after_sync(trained, alpha)
-                if self.buffers is not None and cycle is next(iter(self._cycles)):
-                    self.buffers.sync(alpha)
-                cycle.syncs += 1
-                self.last_alpha = alpha
+        for cycle, kept in own.items():
+            trained = {fast: slow for fast, slow in kept.items() if fast.requires_grad}
+            if finite[cycle]:
+                self._move(cycle, trained)
             elif self._nonfinite == "restore":
                 copy_(trained, trained.values())
                 self._momentum.reset(trained)  # what made the weights infinite is in there, too
-            frozen = [parameter for parameter in own if not parameter.requires_grad]
-            copy_([own[parameter] for parameter in frozen], frozen)
+            frozen = [parameter for parameter in kept if not parameter.requires_grad]
+            copy_([kept[parameter] for parameter in frozen], frozen)
             cycle.begins = self.steps
+
+    def _move(self, cycle: Cycle, trained: dict[Tensor, Tensor]) -> None:
+        alpha = self._step_size(cycle, trained)
+        beside = self._tracked.beside(trained)
+        interpolate_(list(beside.values()), list(beside), alpha)
+        copy_(beside, beside.values())
+        self._tracked.put_away(trained, beside)
+        self._momentum.after_sync(trained, alpha)
+        if self.buffers is not None and cycle is next(iter(self._cycles)):
+            self.buffers.sync(alpha)
+        cycle.syncs += 1
+        self.last_alpha = alpha
 
     def _step_size(self, cycle: Cycle, trained: dict[Tensor, Tensor]) -> float:
         adaptive = cycle.step_size
@@ -349,15 +325,15 @@ class SlowWeights:
             self.optimizer, trained, self.loss, functools.partial(self.use, "slow"), reduce=reduce
         )
 
-    def _is_finite(self, trained: dict[Tensor, Tensor]) -> bool:
+    def _is_finite(self, trained: list[Tensor]) -> bool:
         """Whether all fast weights are; if not, say so as was asked for."""
         bad = not_finite(trained)
         found = bool(bad)
         if self._sharded is not None and self._nonfinite != "raise":  # all ranks have to do the same
-            found = any_rank(found, next(iter(trained)).device)
+            found = any_rank(found, trained[0].device)
         if not found:
             return True
-        names = [self._name(list(trained)[index]) for index in bad] or ["a parameter on another rank"]
+        names = [self._name(trained[index]) for index in bad] or ["a parameter on another rank"]
         what = f"{names[0]} has a value that is not finite, and so have {len(names) - 1} others" if names else ""
         if self._nonfinite == "raise":
             message = (
@@ -374,188 +350,6 @@ class SlowWeights:
                 return f"Parameter {name!r}"
         index = next(i for i, other in enumerate(parameters_of(self.optimizer)) if other is parameter)
         return f"Parameter {index} of the optimizer, of shape {tuple(parameter.shape)},"
-
-    # -- either set of weights
-
-    def put(self, weights: Weights) -> None:
-        """Let the parameters hold ``weights`` from now on, in place: `data_ptr` and `Parameter` stay."""
-        check_weights(weights)
-        self._settle()
-        if self._sharded is not None:
-            reshard(self._sharded)
-        # After a fit Lightning moves the module to the CPU; what is kept here follows.
-        self._tracked.follow()
-        if self.buffers is not None and weights != self.holds:
-            self.buffers.exchange()
-        self._tracked.put(weights)
-
-    @contextmanager
-    def use(self, weights: Weights) -> Iterator[None]:
-        """Let the parameters hold ``weights`` inside the ``with`` block, and what they held before after it."""
-        before = self.holds
-        self.put(weights)
-        try:
-            yield
-        finally:
-            self.put(before)
-
-    def values(self, weights: Weights) -> dict[Tensor, Tensor]:
-        """Each trained parameter and its value in ``weights``: live tensors, not copies.
-
-        Slow weights of low precision parameters are of ``slow_dtype``, also while the parameters hold them, rounded.
-        """
-        check_weights(weights)
-        self._settle()
-        return self._tracked.values(weights)
-
-    # -- saving
-
-    def state_dict(self) -> dict[str, Any]:
-        """Counters, settings and checksums: the weights travel with the model and the optimizer.
-
-        No tensors, but for the other set of BatchNorm statistics with ``buffers="sync"``.
-        """
-        first, *others = [{"steps_since_sync": self._since(cycle), "syncs": cycle.syncs} for cycle in self._cycles]
-        return {
-            "k": describe(self.k),
-            "alpha": describe(self.alpha),
-            "steps": self.steps,
-            **first,
-            **({"groups": others} if others else {}),
-            **({} if self.buffers is None else {"buffers": self._carried_buffers(self.buffers)}),
-            "checksums": self._checksums_now(),
-        }
-
-    def _carried_buffers(self, buffers: SlowBuffers) -> dict[str, Any]:
-        other = OTHER[self._model_weights or self.holds]
-        self._settle()
-        return {other: copies(buffers.live if other == self.holds else buffers.kept)}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the counters; ``k`` and ``alpha`` stay as they were given to this object, with a warning if they differ.
-
-        Raises:
-            ValueError: If a counter is missing or not a natural number; nothing is changed then.
-        """
-        check_counters(state_dict)
-        warn_of_differences(state_dict, {"k": describe(self.k), "alpha": describe(self.alpha)})
-        self._inner_steps.restore(state_dict["steps"])
-        for cycle, saved in zip(self._cycles, [state_dict, *state_dict.get("groups", [])], strict=False):
-            cycle.begins = max(state_dict["steps"] - saved["steps_since_sync"], self._start_step)
-            cycle.syncs = saved["syncs"]
-        self._checksums = list(state_dict.get("checksums", []))
-        self._restored_buffers = state_dict.get("buffers", {})
-        self._start_over = False
-
-    def start_over(self) -> None:
-        """Let both sets start from the weights that are loaded now, whatever the optimizer's state carries."""
-        self._start_over = True
-
-    def _checksums_now(self) -> list[int]:
-        if self._sharded is not None:
-            return []
-        saved = self.values(self._model_weights or self.holds)
-        return [checksum(saved.get(p, p).to(p.dtype)) for p in parameters_of(self.optimizer)]
-
-    @contextmanager
-    def expecting(self, names: Collection[str]) -> Iterator[None]:
-        """Let the optimizer's ``state_dict`` carry entries of these names inside the ``with`` block.
-
-        ``torch.distributed.checkpoint`` reads into a ``state_dict`` of the optimizer that it is about to load: what it
-        has there must be in the file.
-        """
-        self._expected = names
-        try:
-            yield
-        finally:
-            self._expected = None
-
-    def _pack(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-        names = ["slow", "fast", *self._momentum.previous] if self._expected is None else self._expected
-        entries = {name: self._carry(name) for name in names}
-        return pack(
-            state_dict,
-            optimizer,
-            Carried({name: dict(zip(own, copies(own.values()), strict=True)) for name, own in entries.items()}),
-        )
-
-    def _carry(self, name: str) -> dict[Tensor, Tensor]:
-        """What an entry holds: a set of weights, or the momentum after the last sync."""
-        weights = next((weights for weights in OTHER if weights == name), None)
-        if weights is None:
-            previous = self._momentum.previous.get(name, {})
-            if self._sharded is None:
-                return previous
-            return {p: previous.get(p, torch.zeros_like(p)) for p in self._tracked.kept}
-        own, model_weights = self.values(weights), self._model_weights or self.holds
-        if self._sharded is not None:
-            # The same on all ranks: the other set, and slow weights that the model cannot hold without rounding.
-            whole = weights != model_weights or self._expected is not None
-            return {p: value for p, value in own.items() if whole or self._tracked.is_apart(p)}
-        # What the model's own state_dict gives need not be carried: right after a sync that is all of it. Nor is there
-        # anything for a parameter that never stepped: Adam, without us, would take our entry for its own state.
-        saved = self.values(model_weights)
-        return {p: value for p, value in own.items() if not value.equal(saved[p].to(p).to(value))}
-
-    def _unpack(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-        if not fits(state_dict, optimizer):
-            return state_dict
-        self._tracked.update_if_more()
-        plain, carried = unpack(state_dict, optimizer)
-        # The model may be loaded before or after the optimizer: wait for the first use.
-        self._restored = carried
-        self._started = self._looked = False
-        self._tracked.end_swap()
-        return plain
-
-    # -- which parameters
-
-    def _settle(self) -> None:
-        """Make both sets what they have to be before anything looks at them or moves them."""
-        if self._started or self.holds == "slow":
-            return
-        if self._sharded is not None:
-            reshard(self._sharded)
-        restored, self._restored = self._restored or adopt(self.optimizer), None
-        checksums, self._checksums = self._checksums, []
-        looked, self._looked = self._looked, True
-        entries = restored.entries if restored is not None else {}
-        sets: dict[Weights, dict[Tensor, Tensor]] = {weights: entries.get(weights, {}) for weights in OTHER}
-        saved = dict.fromkeys([*sets["slow"], *sets["fast"]])
-        self._tracked.update(saved)  # also what is frozen now: it was trained when it was saved
-        copy_(self._tracked.kept.values(), self._tracked.kept)
-        if self.buffers is not None:
-            if not looked or self._start_step:  # later the first forward has moved them
-                self.buffers.start()
-            for weights, values in ({} if self._start_over else self._restored_buffers).items():
-                copy_(self.buffers.live if weights == "fast" else self.buffers.kept, values)
-            self._restored_buffers = {}
-        if restored is None or self._start_over:
-            return
-        self._started = True
-        self._momentum.restore(entries)
-        matching = self._matching(saved, checksums)
-        if len(matching) < len(saved):
-            message = (
-                f"Lookahead: {len(saved) - len(matching)} of {len(saved)} parameters do not have the values that the"
-                " weights in the checkpoint were saved with (changed while loading?). Those are left out: fast and slow"
-                " weights both start from the values loaded."
-            )
-            warnings.warn(message, stacklevel=2)
-        for weights, values in sets.items():
-            own = {parameter: value for parameter, value in values.items() if parameter in matching}
-            copy_([p if weights == "fast" else self._tracked.kept[p] for p in own], own.values())
-
-    def _matching(self, saved: Collection[Tensor], checksums: list[int]) -> set[Tensor]:
-        """Those of the parameters that are as they were when they and what was carried were saved together.
-
-        They are not if ``LightningModule.on_load_checkpoint`` has changed them. Of sharded weights it is not known.
-        """
-        listed = parameters_of(self.optimizer)
-        if self._sharded is not None or len(listed) != len(checksums):
-            return set(saved)
-        sums = dict(zip(listed, checksums, strict=True))
-        return {parameter for parameter in saved if checksum(parameter) == sums[parameter]}
 
     # -- hooks
 

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import os
 import re
 import subprocess
 import sys
@@ -88,7 +89,8 @@ def test_the_windows_of_the_digits_are_drawn_and_counted(tmp_path):
 def test_the_gan_trains_in_three_ways(tmp_path):
     program = ROOT / "examples" / "gan.py"
     command = [sys.executable, program, "--seeds", "1", "--steps", "12"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
+    wide = {**os.environ, "COLUMNS": "160"}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path, env=wide)
     rows = re.findall(r"│ ([A-Z].*?) +│", done.stdout)
     assert rows == ["Adam", "Lookahead, each by itself", "Lookahead, together"]
 
