@@ -63,6 +63,13 @@ class Digits(LightningModule):
         self.log("accuracy", self.accuracy, prog_bar=True)
         self.log("loss", nn.functional.cross_entropy(scores, digits))
 
+    def test_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        self.validation_step(batch, batch_idx)
+
+    def predict_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        images, _ = batch
+        return self(images).argmax(dim=1)
+
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=self.hparams["lr"], momentum=self.hparams["momentum"])
 
@@ -97,6 +104,8 @@ class DigitsData(LightningDataModule):
 
     def val_dataloader(self) -> DataLoader:
         return DataLoader(self.held_out, batch_size=450)
+
+    test_dataloader = predict_dataloader = val_dataloader
 
 
 def train(seed: int, lookahead: LookaheadCallback | None, args: argparse.Namespace) -> tuple[dict[str, float], list]:

@@ -106,18 +106,31 @@ class LookaheadCallback(SavingCallback):
         >>> trainer.callbacks[0].slow_weights
         [SlowWeights(SGD, k=5, alpha=0.5, syncs=2)]
 
-        A last cycle of two steps, dropped and synced; only the bias, and by patterns:
+        A last cycle of two steps dropped and synced, of all parameters and of the bias; and two optimizers, of which
+        the second takes two steps in each batch, each by itself and together:
 
-        >>> def syncs(**options):
+        >>> def train(model, **options):  # syncs and parameters of each optimizer
         ...     callback = LookaheadCallback(k=5, **options)
         ...     trainer = Trainer(
-        ...         callbacks=[callback], max_steps=7, logger=False, accelerator="cpu", enable_checkpointing=False,
-        ...         enable_progress_bar=False, enable_model_summary=False,
+        ...         callbacks=[callback], limit_train_batches=7, max_epochs=1, logger=False, accelerator="cpu",
+        ...         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
         ...     )
-        ...     trainer.fit(BoringModel())
-        ...     return callback.slow_weights[0].syncs, len(callback.slow_weights[0].values("slow"))
-        >>> syncs(), syncs(unfinished_cycle="sync", exclude="*.weight")
-        ((1, 2), (2, 1))
+        ...     trainer.fit(model)
+        ...     return [(slow.syncs, len(slow.values("slow"))) for slow in callback.slow_weights]
+        >>> train(BoringModel()), train(BoringModel(), unfinished_cycle="sync", exclude="*.weight")
+        ([(1, 2)], [(2, 1)])
+        >>> class Two(BoringModel):
+        ...     automatic_optimization = False
+        ...     def training_step(self, batch, batch_idx):
+        ...         first, second = self.optimizers()
+        ...         for optimizer in (first, second, second):
+        ...             optimizer.zero_grad()
+        ...             self.manual_backward(self(batch).sum())
+        ...             optimizer.step()
+        ...     def configure_optimizers(self):
+        ...         return [torch.optim.SGD([parameter], lr=0.1) for parameter in self.parameters()]
+        >>> train(Two()), train(Two(), sync_optimizers="together")
+        ([(1, 1), (2, 1)], [(1, 1), (1, 1)])
 
     Source: Zhang, Lucas, Hinton, Ba 2019, Algorithm 1 and section 3.
     """

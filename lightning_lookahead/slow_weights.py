@@ -92,7 +92,7 @@ class SlowWeights(BothWeights):
             nothing.
 
     Example:
-        >>> import torch
+        >>> import torch, warnings
         >>> weight = torch.nn.Parameter(torch.tensor([1.0]))
         >>> optimizer = torch.optim.SGD([weight], lr=0.25)
         >>> slow = SlowWeights(optimizer, k=2, alpha=0.5)
@@ -125,13 +125,30 @@ class SlowWeights(BothWeights):
         >>> end(dtype=torch.bfloat16, alpha=0.3), end(dtype=torch.bfloat16, alpha=0.3, slow_dtype="bfloat16")
         (0.41441, 0.41406)
 
-        What a sync does with a value that is not finite, and with BatchNorm's statistics, 0.38 without it:
+        What a sync does with a value that is not finite, by default and to go on:
 
-        >>> with torch.no_grad():
-        ...     kept = weight.fill_(float("inf"))
+        >>> def blow_up():
+        ...     with torch.no_grad():
+        ...         _ = weight.fill_(float("inf"))
+        >>> blow_up()
         >>> slow.sync()  # doctest: +ELLIPSIS
         Traceback (most recent call last):
         RuntimeError: Parameter 0 of the optimizer, of shape (1,), has a value that is not finite...
+        >>> slow.values("slow")[weight].item()
+        0.625
+        >>> slow.close()
+        >>> with torch.no_grad():
+        ...     _ = weight.fill_(0.5)
+        >>> slow = SlowWeights(optimizer, k=9, nonfinite="restore", slow_device="cpu")
+        >>> loss = optimizer.step()
+        >>> blow_up()
+        >>> with warnings.catch_warnings(action="ignore"):  # which names the parameter
+        ...     slow.sync()
+        >>> weight.item(), slow.values("slow")[weight].device
+        (0.5, device(type='cpu'))
+
+        And what it does with BatchNorm's statistics, 0.38 without it:
+
         >>> net = torch.nn.BatchNorm1d(1)
         >>> optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
         >>> slow = SlowWeights(optimizer, k=1, module=net, buffers="sync", exclude=[net.bias])

@@ -249,6 +249,30 @@ def test_without_subcommands_it_makes_what_was_asked_for(monkeypatch):
     assert [callback.k for callback in cli.trainer.callbacks if isinstance(callback, LookaheadCallback)] == [7]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "name", "value"),
+    [
+        (
+            ["alpha=lightning_lookahead.Cosine", "alpha.start=0.5", "alpha.end=1", "alpha.syncs=3"],
+            "alpha",
+            "Cosine(start=0.5",
+        ),
+        (["alpha=AdaptiveAlpha", "alpha.curvature=hvp"], "alpha", "AdaptiveAlpha(curvature='hvp', alpha_low=0.1)"),
+        (["alpha=0.3"], "alpha", "0.3"),
+        (["k=lightning_lookahead.Linear", "k.start=1", "k.end=4", "k.syncs=3"], "k", "Linear(start=1"),
+        (["exclude=*.bias"], "exclude", "['*.bias']"),
+        (['exclude=["*.bias","net.0.*"]'], "exclude", "['*.bias', 'net.0.*']"),
+        (["slow_dtype=float64"], "slow_dtype", "'float64'"),
+        (["buffers=sync"], "buffers", "'sync'"),
+    ],
+)
+def test_every_part_can_be_set(arguments, name, value, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    cli = LookaheadCLI(Model, Data, run=False, args=[*(f"--lookahead.{argument}" for argument in arguments), *QUIET])
+    (callback,) = (callback for callback in cli.trainer.callbacks if isinstance(callback, LookaheadCallback))
+    assert repr(getattr(callback, name)).startswith(value)
+
+
 def test_a_trainer_class_that_cannot_compare_is_refused():
     with pytest.raises(ValueError, match="has no compare.*subclass of LookaheadTrainer"):
         LookaheadCLI(Classifier, trainer_class=Trainer, args=["fit"])

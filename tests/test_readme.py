@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from classifier import Classifier
 
 import lightning_lookahead
@@ -71,6 +72,12 @@ def test_the_commands_print_what_is_shown(tmp_path):
         errors = "".join(line for line in done.stderr.splitlines(keepends=True) if line.startswith("error:"))
         assert shape(done.stdout + errors) == shape(expected)
         assert done.returncode == (2 if errors else 0)
+    command = "-m lightning_lookahead fit --config examples/digits.yaml --lookahead.monitor.updates 60 --print_config"
+    printed = subprocess.run(
+        [sys.executable, *command.split()], capture_output=True, text=True, check=True, cwd=tmp_path
+    )
+    (shown,) = blocks("yaml")
+    assert yaml.safe_load(shown)["lookahead"] == yaml.safe_load(printed.stdout)["lookahead"]
     numbers = json.loads((tmp_path / "outputs" / "digits.json").read_text())
     assert numbers["slow"].keys() == numbers["fast"].keys() == {"accuracy", "loss"}
 
