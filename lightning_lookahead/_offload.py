@@ -60,6 +60,10 @@ class Offload:
             self._written.synchronize()
             self._written = None
 
+    def forget(self) -> None:
+        """Drop what has set out: phi is another now."""
+        self._fetched = {}
+
     def __getstate__(self) -> dict[str, Any]:
         self.wait()
         return {"_stream": None, "_fetched": {}, "_written": None}

@@ -125,7 +125,7 @@ class Tracked:
         """Each trained parameter and its value in ``weights``: live tensors, not copies."""
         if weights == "fast":
             return {p: p for p in self.kept} if self.holds == "fast" else {**self.kept, **self._aside}
-        held = set() if self.holds == "fast" else {p for p in self.kept if not self.is_apart(p)}
+        held = set() if self.holds == "fast" else self.kept.keys() - self._aside.keys()
         return {parameter: parameter if parameter in held else kept for parameter, kept in self.kept.items()}
 
     @torch.inference_mode(mode=False)  # in which Lightning validates; what is kept outlives it
@@ -133,14 +133,16 @@ class Tracked:
         """Let the parameters hold ``weights``; all of them do, or none if there is no memory for it."""
         if weights == self.holds:
             return
-        apart = [parameter for parameter in self.kept if self.is_apart(parameter)]
-        together = {parameter: kept for parameter, kept in self.kept.items() if parameter not in set(apart)}
         if weights == "slow":
-            self._aside = {parameter: parameter.detach().to(self._device, copy=True) for parameter in apart}
+            apart = [parameter for parameter in self.kept if self.is_apart(parameter)]
+            aside = {parameter: parameter.detach().to(self._device, copy=True) for parameter in apart}
+            sources = [self.kept[parameter] for parameter in apart]
+        else:  # which were apart then: since, the module may have been moved to where what is kept is
+            apart, aside, sources = list(self._aside), {}, list(self._aside.values())
+        together = {parameter: kept for parameter, kept in self.kept.items() if parameter not in set(apart)}
         exchange_(together, together.values())
-        copy_(apart, [self.kept[p] if weights == "slow" else self._aside[p] for p in apart])
-        if weights == "fast":
-            self._aside = {}
+        copy_(apart, sources)
+        self._aside = aside
         self.holds = weights
 
     def is_apart(self, parameter: Tensor) -> bool:
@@ -151,6 +153,7 @@ class Tracked:
     def end_swap(self) -> None:
         """Take what the parameters hold now for the fast weights: something was loaded into them."""
         self.holds, self._aside = "fast", {}
+        self._offload.forget()
 
     @torch.inference_mode(mode=False)
     def _second(self, parameters: list[Tensor]) -> list[Tensor]:

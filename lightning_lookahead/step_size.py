@@ -115,8 +115,10 @@ def check_step_size(alpha: StepSize, name: str = "alpha") -> StepSize:
 
 def check_length(k: Length, name: str = "k") -> Length:
     """Return ``k``; raise unless it is an integer of at least 1 or a function that begins with one."""
-    k_at(k, 0, name)
-    return k
+    if callable(k):
+        k_at(k, 0, name)
+        return k
+    return check_k(k, name)
 
 
 def alpha_at(alpha: float | Callable[[int], float], sync: int, name: str = "alpha") -> float:
@@ -125,8 +127,8 @@ def alpha_at(alpha: float | Callable[[int], float], sync: int, name: str = "alph
 
 
 def k_at(k: Length, sync: int, name: str = "k") -> int:
-    """The inner steps of the cycle that ends with a sync; raises if they are out of range."""
-    return check_k(round(k(sync)), f"{name} at sync {sync}") if callable(k) else check_k(k, name)
+    """The inner steps of the cycle that ends with a sync; raises if a schedule gives what is out of range."""
+    return check_k(round(k(sync)), f"{name} at sync {sync}") if callable(k) else k  # looked at in every step
 
 
 def describe(value: StepSize | Length) -> float | str:

@@ -557,3 +557,13 @@ def test_without_statistics_there_is_nothing_to_move():
         fit(LookaheadCallback(buffers="sync"))
     with pytest.raises(ValueError, match="without a module"):
         SlowWeights(Problem().optimizer, buffers="sync")
+
+
+def test_fast_weights_set_aside_come_back_where_the_module_has_been_moved_in_between():
+    weight, slow = creeping(steps=3)
+    weight.grad = torch.full_like(weight, 0.3)
+    slow.put("slow")
+    theta = next(iter(slow.values("fast").values())).clone()
+    weight.data = weight.data.float()  # as after a fit, where the module is moved to what is kept
+    slow.put("fast")
+    assert torch.equal(weight, theta.float())
