@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lightning_lookahead._carried import OTHER, Carried, Weights, adopt, fits, pack, unpack
+from lightning_lookahead._carried import OTHER, Carried, Weights, adopt, fits, keep_groups, pack, unpack
 from lightning_lookahead._checks import check_counters, check_weights, warn_of_differences
 from lightning_lookahead._inner_steps import InnerSteps
 from lightning_lookahead._sharding import reshard
@@ -74,6 +74,7 @@ class BothWeights:
         self._restored_buffers: dict[str, Any] = {}
         self._checksums: list[int] = []  # of the parameters beside which those were saved, in the optimizer's order
         self._expected: Collection[str] | None = None  # what a `state_dict` has to carry
+        self._begun = False  # whether the run whose counters were loaded last had taken a step with both
         self._looked = False  # whether what was loaded last, if anything, has been put in place
         self._start_over = False  # whatever the optimizer's state carries is out of date
 
@@ -105,9 +106,10 @@ class BothWeights:
             reshard(self._sharded)
         # After a fit Lightning moves the module to the CPU; what is kept here follows.
         self._tracked.follow()
-        if self.buffers is not None and weights != self.holds:
-            self.buffers.exchange()
+        other = weights != self.holds
         self._tracked.put(weights)
+        if self.buffers is not None and other:
+            self.buffers.exchange()
 
     @contextmanager
     def use(self, weights: Weights) -> Iterator[None]:
@@ -142,7 +144,7 @@ class BothWeights:
             "steps": self.steps,
             **first,
             **({"groups": others} if others else {}),
-            **({} if self.buffers is None else {"buffers": self._carried_buffers(self.buffers)}),
+            **({} if self.buffers is None else {"statistics": self._carried_buffers(self.buffers)}),
             "checksums": self._checksums_now(),
         }
 
@@ -166,11 +168,14 @@ class BothWeights:
         check_counters(state_dict)
         warn_of_differences(state_dict, {"k": describe(self.k), "alpha": describe(self.alpha)})
         self._inner_steps.restore(state_dict["steps"])
+        self._begun = state_dict["steps"] > self._start_step
+        self._tracked.update_if_more()
+        self._cycles.update(max(self.steps, self._start_step))
         for cycle, saved in zip(self._cycles, [state_dict, *state_dict.get("groups", [])], strict=False):
             cycle.begins = max(state_dict["steps"] - saved["steps_since_sync"], self._start_step)
             cycle.syncs = saved["syncs"]
         self._checksums = list(state_dict.get("checksums", []))
-        self._restored_buffers = state_dict.get("buffers", {})
+        self._restored_buffers = state_dict.get("statistics", {})
         self._start_over = False
 
     def start_over(self) -> None:
@@ -221,7 +226,7 @@ class BothWeights:
         if not fits(state_dict, optimizer):
             return state_dict
         self._tracked.update_if_more()
-        plain, carried = unpack(state_dict, optimizer)
+        plain, carried = unpack(keep_groups(state_dict, optimizer), optimizer)
         # The model may be loaded before or after the optimizer: wait for the first use.
         self._restored = carried
         self._started = self._looked = False
@@ -243,17 +248,20 @@ class BothWeights:
         sets: dict[Weights, dict[Tensor, Tensor]] = {weights: entries.get(weights, {}) for weights in OTHER}
         saved = dict.fromkeys([*sets["slow"], *sets["fast"]])
         self._tracked.update(saved)  # also what is frozen now: it was trained when it was saved
-        copy_(self._tracked.kept.values(), self._tracked.kept)
+        self._cycles.update(max(self.steps, self._start_step))
+        self._tracked.start()
+        if not looked:
+            self._momentum.restore(entries)
         if self.buffers is not None:
             if not looked or self._start_step:  # later the first forward has moved them
                 self.buffers.start()
             for weights, values in ({} if self._start_over else self._restored_buffers).items():
                 copy_(self.buffers.live if weights == "fast" else self.buffers.kept, values)
             self._restored_buffers = {}
+        self._started, self._begun = self._begun, False
         if restored is None or self._start_over:
             return
         self._started = True
-        self._momentum.restore(entries)
         matching = self._matching(saved, checksums)
         if len(matching) < len(saved):
             message = (
@@ -262,9 +270,10 @@ class BothWeights:
                 " weights both start from the values loaded."
             )
             warnings.warn(message, stacklevel=2)
+        kept = self._tracked.kept
         for weights, values in sets.items():
-            own = {parameter: value for parameter, value in values.items() if parameter in matching}
-            copy_([p if weights == "fast" else self._tracked.kept[p] for p in own], own.values())
+            own = {parameter: value for parameter, value in values.items() if parameter in matching & kept.keys()}
+            copy_([p if weights == "fast" else kept[p] for p in own], own.values())
 
     def _matching(self, saved: Collection[Tensor], checksums: list[int]) -> set[Tensor]:
         """Those of the parameters that are as they were when they and what was carried were saved together.

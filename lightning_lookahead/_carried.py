@@ -6,6 +6,7 @@ more entry of each parameter's state: the only place that every strategy of Ligh
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -26,6 +27,8 @@ Weights = Literal["slow", "fast"]
 OTHER: dict[Weights, Weights] = {"slow": "fast", "fast": "slow"}
 ENTRIES: dict[str, Weights] = {"lookahead_slow": "slow", "lookahead_fast": "fast"}
 """Names of the entries that carry weights, and which ones."""
+OWN = ("lookahead_k", "lookahead_alpha")
+"""What a group may have of its own."""
 PREFIX = "lookahead_"
 """What the names of all entries begin with: beside a set of weights they carry the momentum after the last sync."""
 
@@ -67,6 +70,20 @@ def pack(state_dict: dict[str, Any], optimizer: Optimizer, carried: Carried) -> 
         if entries:
             state[key] = {**state.get(key, {}), **entries}
     return {**state_dict, "state": state}
+
+
+def keep_groups(state_dict: dict[str, Any], optimizer: Optimizer) -> dict[str, Any]:
+    """Return the optimizer's ``state_dict`` with the live groups' own k and alpha, with a warning if they differ."""
+    groups = []
+    for saved, live in zip(state_dict["param_groups"], optimizer.param_groups, strict=True):
+        then, now = ({name: group[name] for name in OWN if name in group} for group in (saved, live))
+        if then != now:
+            message = (
+                f"The checkpoint's Lookahead settings of a group are {then}, and this run's {now}. Those are used."
+            )
+            warnings.warn(message, stacklevel=2)
+        groups.append({**{name: value for name, value in saved.items() if name not in OWN}, **now})
+    return {**state_dict, "param_groups": groups}
 
 
 def fits(state_dict: dict[str, Any], optimizer: Optimizer) -> bool:

@@ -48,12 +48,8 @@ def check_dtype(dtype: str | None) -> torch.dtype | None:
     """Return the floating-point type of this name; raise if there is none."""
     if dtype is None:
         return None
-    found = getattr(torch, dtype, None) if isinstance(dtype, str) else None
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        message = (
-            f"slow_dtype={dtype!r} is unknown: give the name of a floating-point type, 'float32' or 'float64', say."
-        )
-        raise ValueError(message)
+    check_choice("slow_dtype", dtype, ("float32", "float64", "bfloat16", "float16"))
+    found: torch.dtype = getattr(torch, dtype)
     return found
 
 
@@ -62,10 +58,13 @@ def check_device(device: str | None) -> torch.device | None:
     if device is None:
         return None
     try:
-        return torch.device(device)
-    except (RuntimeError, TypeError) as error:
+        found = torch.device(device)
+    except (RuntimeError, TypeError):
+        found = torch.device("meta")
+    if found.type == "meta":  # which holds no values
         message = f"slow_device={device!r} is unknown: give 'cpu', or leave it out."
-        raise ValueError(message) from error
+        raise ValueError(message)
+    return found
 
 
 def check_start(start_step: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from lightning_lookahead._checks import check_alpha, check_k
 from lightning_lookahead.step_size import Length, StepSize, check_length, check_step_size, k_at
 
 if TYPE_CHECKING:
@@ -52,13 +53,15 @@ class Cycles:
         return len(self._by_settings)
 
     def update(self, step: int) -> None:
-        """Look at the groups again, after ``step`` inner steps; what is new begins there."""
+        """Look at the groups again, after ``step`` inner steps; what is new begins there, what no group has ends."""
+        known = self._by_settings
+        self._by_settings = {}
         for group in self._optimizer.param_groups:
             k, alpha = settings = _settings(group)
-            if settings not in self._by_settings:
-                length = self._k if k is None else check_length(k, "lookahead_k")
-                step_size = self._alpha if alpha is None else check_step_size(alpha, "lookahead_alpha")
-                self._by_settings[settings] = Cycle(length, step_size, step)
+            cycle = known.get(settings) or Cycle(
+                self._k if k is None else k, self._alpha if alpha is None else alpha, step
+            )
+            self._by_settings.setdefault(settings, cycle)
 
     def of(self, cycle: Cycle, kept: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
         """Those of the parameters that sync at the end of a cycle, with their second tensors."""
@@ -69,5 +72,10 @@ class Cycles:
         return {parameter: value for parameter, value in kept.items() if parameter in own}
 
 
-def _settings(group: dict[str, Any]) -> tuple[Any, Any]:
-    return group.get("lookahead_k"), group.get("lookahead_alpha")
+def _settings(group: dict[str, Any]) -> tuple[int | None, float | None]:
+    """A group's own k and alpha, which are numbers: they are saved with the optimizer."""
+    k, alpha = group.get("lookahead_k"), group.get("lookahead_alpha")
+    return (
+        None if k is None else check_k(k, "lookahead_k"),
+        None if alpha is None else check_alpha(alpha, "lookahead_alpha"),
+    )

@@ -7,6 +7,7 @@ are told by name.
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Mapping
 from contextlib import contextmanager
@@ -104,7 +105,8 @@ def unlogged(pl_module: LightningModule) -> Iterator[None]:
 def training_loss(trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> Tensor:
     """What ``training_step`` returns for a batch, once more, without what it logs."""
     with unlogged(pl_module), trainer.precision_plugin.train_step_context():
-        output = pl_module.training_step(batch, batch_idx)
+        takes_index = len(inspect.signature(pl_module.training_step).parameters) > 1
+        output = pl_module.training_step(*([batch, batch_idx] if takes_index else [batch]))
     return cast("Tensor", output["loss"] if isinstance(output, Mapping) else output)
 
 

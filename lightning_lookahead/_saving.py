@@ -58,14 +58,13 @@ class SavingCallback(Callback):
         strategy.load_checkpoint = functools.partial(self._load_checkpoint, strategy)  # type: ignore[method-assign]
 
     def _serve_checkpoints(self, strategy: Strategy) -> None:
-        """Restore counters that were loaded already, and see that checkpoints hold phi."""
+        """Restore counters that were loaded already, and see that checkpoints hold the weights that they should."""
         self._load_counters()
-        if self.eval_weights == "slow":
-            # Lightning asks the strategy, once, for the weights of every checkpoint; with save_weights_only=True no
-            # hook of a callback is called. A partial, unlike a closure, leaves the strategy picklable.
-            strategy.lightning_module_state_dict = functools.partial(  # type: ignore[method-assign]
-                self._slow_state_dict, strategy
-            )
+        # Lightning asks the strategy, once, for the weights of every checkpoint; with save_weights_only=True no hook of
+        # a callback is called. A partial, unlike a closure, leaves the strategy picklable.
+        strategy.lightning_module_state_dict = functools.partial(  # type: ignore[method-assign]
+            self._module_state_dict, strategy
+        )
 
     @contextmanager
     def use_weights(self, weights: Weights) -> Iterator[None]:
@@ -90,15 +89,19 @@ class SavingCallback(Callback):
                 stack.enter_context(slow.use(weights))
             yield
 
-    def _slow_state_dict(self, strategy: Strategy) -> dict[str, Any]:
-        """What ``strategy.lightning_module_state_dict()`` returns during a fit and after it: phi, swapped or not."""
+    def _module_state_dict(self, strategy: Strategy) -> dict[str, Any]:
+        """What ``strategy.lightning_module_state_dict()`` returns during a fit and after it, swapped or not."""
         original = functools.partial(type(strategy).lightning_module_state_dict, strategy)
         if not self._serves(strategy.optimizers):  # the strategy has gone on to another fit, without this callback
             return original()
-        state_dict = None if self._recalibration.kept else state_dict_of_slow(original, self.slow_weights)
+        if self.eval_weights == "fast" and all(slow.holds == "fast" for slow in self.slow_weights):
+            return original()
+        state_dict = None
+        if self.eval_weights == "slow" and not self._recalibration.kept:
+            state_dict = state_dict_of_slow(original, self.slow_weights)
         if state_dict is None:
-            # Sharded, left out or computed from the parameters: then phi has to be there while that is done.
-            with self.use_weights("slow"), self._recalibration.undone():
+            # Sharded, left out, computed from the parameters or swapped: then the weights have to be there for it.
+            with self.use_weights(self.eval_weights), self._recalibration.undone():
                 state_dict = original()
                 detach_aliases(state_dict)
         return state_dict
@@ -141,6 +144,11 @@ class SavingCallback(Callback):
         state = checkpoint["callbacks"][self.state_key]
         state["names"] = [[names.get(p, []) for p in parameters_of(optimizer)] for optimizer in trainer.optimizers]
         state["tied"] = self._tied
+        names_of_buffers = {buffer: name for name, buffer in pl_module.named_buffers()}
+        state["statistics"] = [
+            [names_of_buffers.get(buffer, "") for buffer in slow.buffers.live] if slow.buffers is not None else []
+            for slow in self.slow_weights
+        ]
         if self.slow_weights and not self._serves(trainer.optimizers):  # the counters are of another fit
             state["optimizers"] = []
 

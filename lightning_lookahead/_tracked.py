@@ -102,6 +102,11 @@ class Tracked:
             self._kept = {parameter: kept.to(parameter.device) for parameter, kept in self.kept.items()}
             self._aside = {parameter: fast.to(parameter.device) for parameter, fast in self._aside.items()}
 
+    def start(self) -> None:
+        """Let each second tensor have its parameter's value."""
+        self._offload.forget()
+        copy_(self.kept.values(), self.kept)
+
     # -- syncing
 
     def prepare(self) -> None:

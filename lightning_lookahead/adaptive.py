@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -10,9 +10,10 @@ import torch
 from torch import distributed
 
 from lightning_lookahead._checks import check_alpha, check_choice
+from lightning_lookahead._tensors import copies, copy_
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from torch import Tensor
     from torch.optim import Optimizer
@@ -110,7 +111,6 @@ class AdaptiveAlpha:
         optimizer: Optimizer,
         weights: dict[Tensor, Tensor],
         loss: TrainingLoss | None,
-        at_slow: Callable[[], AbstractContextManager[None]],
         *,
         reduce: bool,
     ) -> float:
@@ -120,7 +120,6 @@ class AdaptiveAlpha:
             optimizer: The inner optimizer.
             weights: theta -> phi, for the parameters that sync.
             loss: The training loss.
-            at_slow: A context in which the parameters hold phi.
             reduce: Whether to average over ranks, each of which has a loss of its own.
         """
         fast = list(weights)
@@ -128,9 +127,10 @@ class AdaptiveAlpha:
             way = [theta.to(phi) - phi for theta, phi in weights.items()]
         if self.needs_loss:
             assert loss is not None  # noqa: S101 (checked when it was made)
-            products = self._from_loss(fast, way, loss, at_slow)
+            products = self._from_loss(weights, way, loss)
         else:
             products = self._from_state(optimizer, fast, way)
+        products = products.to(fast[0].device)
         if reduce:
             distributed.all_reduce(products)
             products /= distributed.get_world_size()
@@ -139,20 +139,16 @@ class AdaptiveAlpha:
             return 1.0 if slope < 0 else self.alpha_low
         return float(min(max(1 - slope / bend, self.alpha_low), 1.0))
 
-    def _from_loss(
-        self,
-        fast: list[Tensor],
-        way: list[Tensor],
-        loss: TrainingLoss,
-        at_slow: Callable[[], AbstractContextManager[None]],
-    ) -> Tensor:
+    def _from_loss(self, weights: dict[Tensor, Tensor], way: list[Tensor], loss: TrainingLoss) -> Tensor:
+        fast = list(weights)
         with loss.around(), torch.enable_grad():
             gradients = torch.autograd.grad(loss.value(), fast, create_graph=self.curvature == "hvp", allow_unused=True)
             slope = _dot(gradients, way)
             if self.curvature == "hvp":
-                bend = _dot(torch.autograd.grad(slope, fast, allow_unused=True), way)
+                straight = not slope.requires_grad  # a loss that is linear
+                bend = _dot([] if straight else torch.autograd.grad(slope, fast, allow_unused=True), way)
         if self.curvature == "secant":
-            with at_slow(), loss.around(), torch.enable_grad():
+            with _at(weights), loss.around(), torch.enable_grad():
                 bend = slope - _dot(torch.autograd.grad(loss.value(), fast, allow_unused=True), way)
         return torch.stack([slope, bend]).detach()
 
@@ -168,10 +164,21 @@ class AdaptiveAlpha:
         return torch.stack([slope, _dot(bends, squares)])
 
 
+@contextmanager
+def _at(values: dict[Tensor, Tensor]) -> Iterator[None]:
+    """Let each parameter hold its value inside the ``with`` block, and no others."""
+    before = copies(values)
+    copy_(values, values.values())
+    try:
+        yield
+    finally:
+        copy_(values, before)
+
+
 def _dot(left: Any, right: list[Tensor]) -> Tensor:
     """The inner product of two lists seen as two long vectors, in at least float32; ``None`` is zero."""
     total = torch.zeros((), dtype=torch.promote_types(right[0].dtype, torch.float32), device=right[0].device)
-    for a, b in zip(left, right, strict=True):
+    for a, b in zip(left, right, strict=bool(left)):
         if a is not None:
             total = total + (a.to(b) * b).sum().to(total)
     return total

@@ -391,4 +391,9 @@ class LookaheadCallback(SavingCallback):
             "alpha": describe(self.alpha),
             "eval_weights": self.eval_weights,
             "pullback_momentum": self.pullback_momentum,
+            "start_step": self.start_step,
+            "exclude": self.exclude,
+            "sync_optimizers": self.sync_optimizers,
+            "slow_dtype": self.slow_dtype,
+            "buffers": self.buffers,
         }

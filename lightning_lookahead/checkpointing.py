@@ -62,6 +62,8 @@ def weights_in(checkpoint: dict[str, Any], weights: Weights, path: str | os.Path
     state_dict = dict(checkpoint.get("current_model_state", checkpoint["state_dict"]))
     if weights == saved["eval_weights"]:
         return state_dict
+    for counters, names in zip(saved["optimizers"], saved.get("statistics", []), strict=False):
+        state_dict.update(zip(names, counters.get("statistics", {}).get(weights, []), strict=False))
     for optimizer_state, names in zip(checkpoint["optimizer_states"], saved["names"], strict=True):
         for aliases, value in _others(optimizer_state, [*names, *saved["tied"]], f"lookahead_{weights}"):
             known = [name for name in aliases if name in state_dict]

@@ -64,7 +64,7 @@ class Momentum:
         """Go on with the first moments after the last sync that were saved."""
         if self.mode == "pullback":
             self.previous = {
-                name: {parameter: value.to(parameter.device) for parameter, value in entries[name].items()}
+                name: {parameter: value.to(parameter.device, copy=True) for parameter, value in entries[name].items()}
                 for name in FIRST_MOMENTS
                 if name in entries
             }
@@ -82,6 +82,13 @@ class Momentum:
         kept = [previous[parameter] for parameter in owners]
         interpolate_(kept, moments, alpha)
         copy_(moments, kept)
+
+    def forget(self, parameters: Collection[Tensor]) -> None:
+        """Make the state of these parameters that of a new optimizer, and what it was after the last sync as well."""
+        self.reset(parameters)
+        for own in self.previous.values():
+            for parameter in parameters:
+                own.pop(parameter, None)
 
     def reset(self, parameters: Collection[Tensor]) -> None:
         """Make the state of these parameters that of a new optimizer, whatever the mode is."""

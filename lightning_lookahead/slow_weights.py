@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import warnings
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -275,7 +274,7 @@ class SlowWeights(BothWeights):
                 self._settle()
             self._started = self._started or begins
         if self._tracked.update_if_more():
-            self._cycles.update(self.steps)
+            self._cycles.update(max(self.steps, self._start_step))
         self._inner_steps.begin()
 
     def _after_step(self, optimizer: Optimizer, *_: object) -> None:
@@ -302,7 +301,7 @@ class SlowWeights(BothWeights):
             raise RuntimeError(message)
         self._settle()
         self._tracked.update_if_other()
-        self._cycles.update(self.steps)
+        self._cycles.update(max(self.steps, self._start_step))
         ended = self._ended() or list(self._cycles)
         own = {cycle: self._cycles.of(cycle, self._tracked.kept) for cycle in ended}
         finite = {cycle: self._is_finite([p for p in kept if p.requires_grad]) for cycle, kept in own.items()}
@@ -314,19 +313,24 @@ class SlowWeights(BothWeights):
                 self._move(cycle, trained)
             elif self._nonfinite == "restore":
                 copy_(trained, trained.values())
-                self._momentum.reset(trained)  # what made the weights infinite is in there, too
+                self._momentum.forget(trained)  # what made the weights infinite is in there, too
+                if self.buffers is not None:
+                    copy_(self.buffers.live, self.buffers.kept)
             frozen = [parameter for parameter in kept if not parameter.requires_grad]
             copy_([kept[parameter] for parameter in frozen], frozen)
-            cycle.begins = self.steps
+            cycle.begins = max(self.steps, self._start_step)
 
     def _move(self, cycle: Cycle, trained: dict[Tensor, Tensor]) -> None:
+        if not trained:  # all frozen
+            cycle.syncs += 1
+            return
         alpha = self._step_size(cycle, trained)
         beside = self._tracked.beside(trained)
         interpolate_(list(beside.values()), list(beside), alpha)
         copy_(beside, beside.values())
         self._tracked.put_away(trained, beside)
         self._momentum.after_sync(trained, alpha)
-        if self.buffers is not None and cycle is next(iter(self._cycles)):
+        if self.buffers is not None and cycle is next(iter(self._cycles)) and not not_finite(self.buffers.live):
             self.buffers.sync(alpha)
         cycle.syncs += 1
         self.last_alpha = alpha
@@ -338,9 +342,7 @@ class SlowWeights(BothWeights):
         if adaptive.needs_loss and self.loss is None:  # a sync that was due when the run was stopped
             return adaptive.alpha_low
         reduce = adaptive.needs_loss and isinstance(self._module, DistributedDataParallel)
-        return adaptive.step_size(
-            self.optimizer, trained, self.loss, functools.partial(self.use, "slow"), reduce=reduce
-        )
+        return adaptive.step_size(self.optimizer, trained, self.loss, reduce=reduce)
 
     def _is_finite(self, trained: list[Tensor]) -> bool:
         """Whether all fast weights are; if not, say so as was asked for."""

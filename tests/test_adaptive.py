@@ -189,3 +189,45 @@ def test_what_it_needs_and_does_not_find_is_said_at_once():
     with pytest.raises(ValueError, match="this module optimizes by hand"):
         fit(AdaptiveAlpha("secant"), Manual())
     fit(0.5, Manual(), steps=-1, max_time={"seconds": 0})
+
+
+@pytest.mark.parametrize("curvature", ["secant", "hvp"])
+def test_with_groups_it_is_the_optimum_along_each_group_s_way(curvature):
+    bowl = Bowl(size=4)
+    first, second = nn.Parameter(bowl.weight.detach()[:2].clone()), nn.Parameter(bowl.weight.detach()[2:].clone())
+
+    def loss():
+        weight = torch.cat([first, second])
+        return weight @ bowl.A @ weight / 2 - bowl.b @ weight
+
+    optimizer = torch.optim.SGD([{"params": [first], "lookahead_k": 1}, {"params": [second]}], lr=0.3)
+    slow = SlowWeights(optimizer, 3, AdaptiveAlpha(curvature, 1e-6), loss=loss)
+    start = first.detach().clone()
+    loss().backward()
+    gradient = first.grad.clone()
+    optimizer.step()
+    way = -0.3 * gradient
+    gradient_there = (bowl.A @ torch.cat([start + way, second.detach()]) - bowl.b)[:2]
+    expected = 1 - (gradient_there @ way / (way @ bowl.A[:2, :2] @ way)).item()
+    assert slow.last_alpha == pytest.approx(min(max(expected, 1e-6), 1.0), rel=1e-9)
+
+
+def test_a_loss_that_is_linear_and_a_group_that_is_frozen_are_no_trouble():
+    weight, frozen = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(1))
+    groups = [{"params": [weight]}, {"params": [frozen], "lookahead_k": 2}]
+    slow = SlowWeights(optimizer := torch.optim.SGD(groups, lr=0.1), 1, AdaptiveAlpha("hvp", 0.3), loss=weight.sum)
+    frozen.requires_grad_(False)
+    for _ in range(4):
+        optimizer.zero_grad()
+        weight.sum().backward()
+        optimizer.step()
+    assert slow.last_alpha == 1.0
+    assert slow.syncs == 4
+
+
+def test_a_training_step_without_the_index_of_the_batch_will_do():
+    class Short(Regression):
+        def training_step(self, batch):
+            return super().training_step(batch, 0)
+
+    assert fit(AdaptiveAlpha("secant"), Short(batches=12))[2].slow_weights[0].syncs == 2

@@ -187,7 +187,8 @@ def test_a_bad_value_gives_one_line_and_exit_code_2():
 
     def refused(line):
         subcommand, *rest = line.split()
-        return run(subcommand, *OURS, *QUIET, "--trainer.logger=false", *rest, expect=2).stderr
+        folder = f"--trainer.default_root_dir=root-{list(BAD).index(line)}"  # where a config is saved, which is once
+        return run(subcommand, *OURS, *QUIET, "--trainer.logger=false", folder, *rest, expect=2).stderr
 
     with ThreadPoolExecutor(2) as pool:
         shown = dict(zip(BAD, pool.map(refused, BAD), strict=True))

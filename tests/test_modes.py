@@ -567,3 +567,160 @@ def test_fast_weights_set_aside_come_back_where_the_module_has_been_moved_in_bet
     weight.data = weight.data.float()  # as after a fit, where the module is moved to what is kept
     slow.put("fast")
     assert torch.equal(weight, theta.float())
+
+
+# -- modes together
+
+
+@pytest.mark.parametrize("eval_weights", ["slow", "fast"])
+@pytest.mark.parametrize("held", ["slow", "fast"])
+def test_a_checkpoint_saved_within_a_swap_holds_each_set_in_its_place(eval_weights, held):
+    class Saving(Regression):
+        def on_train_batch_end(self, outputs, batch, batch_idx):
+            if batch_idx == 4:
+                with callback.use_weights(held):
+                    self.trainer.save_checkpoint("inside.ckpt")
+
+    callback = LookaheadCallback(k=3, eval_weights=eval_weights)
+    fit(callback, Saving(batches=12))
+    theta, phi = reference(5)
+    assert equal(load_weights("inside.ckpt", "slow").values(), phi)
+    assert equal(load_weights("inside.ckpt", "fast").values(), theta)
+    resumed, _ = fit(LookaheadCallback(k=3, eval_weights=eval_weights), ckpt_path="inside.ckpt")
+    assert equal(resumed.weights(), reference(8)[eval_weights == "slow"])
+
+
+COMBINED = {
+    "everything": {"pullback_momentum": "pullback", "buffers": "sync", "start_step": 2, "slow_dtype": "float64"},
+    "fast": {"pullback_momentum": "pullback", "buffers": "sync", "eval_weights": "fast", "alpha": Linear(0.4, 0.9, 2)},
+    "reset": {"pullback_momentum": "reset", "slow_dtype": "float64", "start_step": 1, "k": Linear(2, 4, 2)},
+}
+
+
+class ByHand(Normed):
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(super().training_step(batch, batch_idx))
+        optimizer.step()
+
+
+@pytest.mark.parametrize("options", COMBINED.values(), ids=COMBINED)
+@pytest.mark.parametrize("model_class", [Normed, ByHand])
+def test_modes_together_are_resumed_at_every_offset_whatever_is_looked_at_in_between(model_class, options):
+    def run(steps, ckpt_path=None, **settings):
+        callback = LookaheadCallback(**{"k": 3, **options})
+        model, trainer = fit(callback, model_class(), max_steps=steps, ckpt_path=ckpt_path, **settings)
+        return trainer, both_with_statistics(callback, model)
+
+    whole = run(9)[1]
+    for ours, expected in zip(run(9, limit_val_batches=1, val_check_interval=2)[1], whole, strict=True):
+        assert equal(ours, expected)
+    for stop in range(1, 9):
+        run(stop)[0].save_checkpoint("stop.ckpt")
+        for ours, expected in zip(run(9, "stop.ckpt")[1], whole, strict=True):
+            assert equal(ours, expected), stop
+        slow = load_weights("stop.ckpt", "slow")
+        assert slow.keys() == load_weights("stop.ckpt", "fast").keys()
+
+
+def test_either_set_of_statistics_comes_out_of_a_file():
+    callback = LookaheadCallback(k=3, buffers="sync")
+    model, trainer = fit(callback, Normed(), max_steps=5)
+    trainer.save_checkpoint("end.ckpt")
+    for weights, expected in zip(("fast", "slow"), both_with_statistics(callback, model), strict=True):
+        loaded = load_weights("end.ckpt", weights)
+        assert torch.equal(loaded["net.1.running_mean"], expected[-2])
+        assert torch.equal(loaded["net.1.running_var"], expected[-1])
+
+
+def test_a_sync_before_the_first_cycle_leaves_its_beginning_where_it_is():
+    problem, other = Problem(), Problem()
+    slow, plain = (SlowWeights(it.optimizer, k=3, start_step=5) for it in (problem, other))
+    for index in range(10):
+        if index == 2:
+            slow.sync()
+        problem.step(index)
+        other.step(index)
+    assert equal(problem.parameters, other.parameters)
+    assert (plain.syncs, slow.syncs) == (1, 2)
+
+
+def test_a_group_s_own_settings_are_those_of_the_run_and_not_of_the_file():
+    def build(own):
+        torch.manual_seed(3)
+        weights = [nn.Parameter(torch.randn(2)) for _ in range(2)]
+        optimizer = torch.optim.SGD([{"params": weights[:1]}, {"params": weights[1:], **own}], lr=0.1)
+        return optimizer, SlowWeights(optimizer, k=3)
+
+    saved, slow = build({"lookahead_k": 4})
+    optimizer, other = build({"lookahead_k": 2})
+    with pytest.warns(UserWarning, match="'lookahead_k': 4.*'lookahead_k': 2"):
+        optimizer.load_state_dict(saved.state_dict())
+    other.load_state_dict(slow.state_dict())
+    assert optimizer.param_groups[1]["lookahead_k"] == 2
+    assert [cycle.ends for cycle in other._cycles] == [3, 2]
+    bare, third = build({})
+    with pytest.warns(UserWarning, match="settings of a group"):
+        optimizer.load_state_dict(bare.state_dict())
+    assert optimizer.param_groups[1]["lookahead_k"] == 2
+    assert third.syncs == 0
+
+
+def test_a_group_that_was_added_is_resumed_in_its_cycle():
+    def build():
+        torch.manual_seed(3)
+        first, second = nn.Parameter(torch.randn(2)), nn.Parameter(torch.randn(2))
+        optimizer = torch.optim.SGD([first], lr=0.1)
+        return first, second, optimizer, SlowWeights(optimizer, k=10)
+
+    def step(optimizer, *weights):
+        optimizer.zero_grad()
+        sum((weight**2).sum() for weight in weights).backward()
+        optimizer.step()
+
+    first, second, optimizer, slow = build()
+    for _ in range(3):
+        step(optimizer, first, second)
+    optimizer.add_param_group({"params": [second], "lookahead_k": 2})
+    step(optimizer, first, second)
+    saved = copy.deepcopy(([first.data, second.data], optimizer.state_dict(), slow.state_dict()))
+    twin_first, twin_second, twin, other = build()
+    twin.add_param_group({"params": [twin_second], "lookahead_k": 2})
+    for parameter, value in zip((twin_first, twin_second), saved[0], strict=True):
+        parameter.data.copy_(value)
+    twin.load_state_dict(saved[1])
+    other.load_state_dict(saved[2])
+    for _ in range(4):
+        step(optimizer, first, second)
+        step(twin, twin_first, twin_second)
+    assert torch.equal(second, twin_second)
+    assert torch.equal(first, twin_first)
+
+
+def test_statistics_that_are_no_numbers_do_not_reach_the_slow_ones():
+    class Bursting(Normed):
+        def training_step(self, batch, batch_idx):
+            if self.trainer.global_step == 4:
+                with torch.no_grad():
+                    self(torch.full((8, 4), float("inf")))
+                    next(self.parameters()).fill_(float("nan"))
+            return super().training_step(batch, batch_idx)
+
+    callback = LookaheadCallback(k=3, buffers="sync", nonfinite="restore")
+    with pytest.warns(UserWarning, match="no sync"):
+        model, _ = fit(callback, Bursting(), max_steps=8)
+    for own in both_with_statistics(callback, model):
+        assert all(value.isfinite().all() for value in own)
+
+
+def test_a_wider_exclude_is_resumed():
+    callback = LookaheadCallback(k=3)
+    fit(callback, max_steps=4)[1].save_checkpoint("stop.ckpt")
+    with pytest.warns(UserWarning, match="exclude was"):
+        module, _ = fit(LookaheadCallback(k=3, exclude="net.0.*"), ckpt_path="stop.ckpt")
+    assert all(value.isfinite().all() for value in module.weights())
