@@ -53,7 +53,8 @@ class SlowWeights(BothWeights):
     that a gradient scaler skipped, or before which no parameter had a gradient, does not count.
 
     The set of weights that the parameters do not hold travels in ``optimizer.state_dict()``. To resume, save the
-    model, the optimizer and this object, build the three anew and load each one's ``state_dict``, in any order.
+    model, the optimizer and this object, outside of `use`; build the three anew and load each one's ``state_dict``, in
+    any order.
 
     Args:
         optimizer: The inner optimizer, any `torch.optim.Optimizer`. Its parameters must be where they will be trained
