@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch.nn.parallel import DistributedDataParallel
@@ -20,8 +19,9 @@ from lightning_lookahead._checks import (
     check_weights,
 )
 from lightning_lookahead._cycles import Cycle, Cycles
+from lightning_lookahead._finite import all_finite
 from lightning_lookahead._inner_steps import is_rehearsal
-from lightning_lookahead._sharding import any_rank, is_sharded
+from lightning_lookahead._sharding import is_sharded
 from lightning_lookahead._tensors import copy_, distance, interpolate_, not_finite
 from lightning_lookahead._tracked import Tracked, parameters_of
 from lightning_lookahead.adaptive import AdaptiveAlpha, TrainingLoss
@@ -305,7 +305,10 @@ class SlowWeights(BothWeights):
         self._cycles.update(max(self.steps, self._start_step))
         ended = self._ended() or list(self._cycles)
         own = {cycle: self._cycles.of(cycle, self._tracked.kept) for cycle in ended}
-        finite = {cycle: self._is_finite([p for p in kept if p.requires_grad]) for cycle, kept in own.items()}
+        finite = {
+            cycle: all_finite([p for p in kept if p.requires_grad], self._nonfinite, self._name, sharded=self.sharded)
+            for cycle, kept in own.items()
+        }
         if self._measure_distance:
             self.last_distance = distance(self._tracked.kept, self._tracked.kept.values())
         for cycle, kept in own.items():
@@ -344,25 +347,6 @@ class SlowWeights(BothWeights):
             return adaptive.alpha_low
         reduce = adaptive.needs_loss and isinstance(self._module, DistributedDataParallel)
         return adaptive.step_size(self.optimizer, trained, self.loss, reduce=reduce)
-
-    def _is_finite(self, trained: list[Tensor]) -> bool:
-        """Whether all fast weights are; if not, say so as was asked for."""
-        bad = not_finite(trained)
-        found = bool(bad)
-        if self._sharded is not None and self._nonfinite != "raise":  # all ranks have to do the same
-            found = any_rank(found, trained[0].device)
-        if not found:
-            return True
-        names = [self._name(trained[index]) for index in bad] or ["a parameter on another rank"]
-        what = f"{names[0]} has a value that is not finite, and so have {len(names) - 1} others" if names else ""
-        if self._nonfinite == "raise":
-            message = (
-                f"{what}: the slow weights are as they were after the last sync. Lower the learning rate or clip"
-                " gradients, or go on with nonfinite='skip' or 'restore'."
-            )
-            raise RuntimeError(message)
-        warnings.warn(f"Lookahead: {what}: nonfinite={self._nonfinite!r}, no sync.", stacklevel=4)
-        return False
 
     def _name(self, parameter: Tensor) -> str:
         for name, other in self._module.named_parameters() if self._module is not None else ():
