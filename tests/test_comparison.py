@@ -20,7 +20,7 @@ from test_validation import last_loss
 from torch.optim.swa_utils import update_bn
 from torch.utils.data import DataLoader
 
-from lightning_lookahead import Comparison, LookaheadCallback, SlowWeights, compare_weights
+from lightning_lookahead import Comparison, LookaheadCallback, compare_weights
 
 
 def trained(steps=7, model=None, callback=None, **settings):
@@ -319,13 +319,12 @@ def test_what_cannot_be_recalibrated_says_so():
     with pytest.raises(ValueError, match="no training batch"):
         compare_weights(trainer, model, recalibrate_batch_norm=[])
     model = Classifier()
-    trainer = make_trainer(callback := LookaheadCallback(k=3), max_steps=4, limit_val_batches=1.0)
+    trainer = make_trainer(LookaheadCallback(k=3), max_steps=4, limit_val_batches=1.0)
     trainer.fit(model)
     trainer.save_checkpoint("run.ckpt")
     model.train_dataloader = Regression.__base__.train_dataloader.__get__(model)
     with pytest.raises(ValueError, match="gives no training data.*recalibrate_batch_norm=loader"):
         compare_weights(make_trainer(limit_val_batches=1.0), model, ckpt_path="run.ckpt", recalibrate_batch_norm=True)
-    assert isinstance(callback.slow_weights[0], SlowWeights)
 
 
 class Frozen(Classifier):
@@ -358,7 +357,6 @@ def test_statistics_that_do_not_train_are_kept(ckpt_path):
     assert all(torch.equal(frozen, torch.full((4,), 5.0)) for frozen, _ in seen)
     assert not torch.equal(seen[0][1], seen[1][1])
     assert not torch.equal(seen[0][1], model.net[1].running_mean)
-    trainer.fit_loop.max_epochs = 9
     seen.clear()
     model = Frozen()
     model.on_validation_epoch_end = lambda: seen.append(model.frozen.running_mean.clone())
@@ -491,7 +489,7 @@ def test_the_numbers_are_there_as_a_dict_and_as_json():
 
 
 def test_the_table_is_drawn_by_rich_and_plain_without_it(monkeypatch):
-    assert re.search(r"│ acc +│ 0\.5 +│ 0\.75 │ +-0\.25 │", str(SOME).replace("  ", " ")) or "│ acc" in str(SOME)
+    assert re.search(r"│ acc +│ +0\.5 │ +0\.75 │ +-0\.25 │", str(SOME))
     monkeypatch.setitem(sys.modules, "rich.console", None)
     assert str(SOME).splitlines() == [
         "metric  slow  fast  slow - fast",

@@ -7,12 +7,14 @@ import pickle
 import pytest
 import torch
 from classifier import Classifier, images
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from oracle import lookahead
 from runs import Regression, both, equal, make_trainer, reference
 from test_monitor import logged_by
 from test_slow_weights import Problem, slow_values
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
 from lightning_lookahead import Linear, LookaheadCallback, SlowWeights, load_weights
@@ -357,7 +359,7 @@ def test_a_plain_loop_names_the_place_of_the_parameter():
 
 
 def creeping(dtype=torch.bfloat16, steps=40, **settings):
-    """A weight at 1 that goes up by half an ulp of bfloat16 in every cycle of one step."""
+    """A weight at 1 whose phi goes up by a tenth of an ulp of bfloat16, or so, in every cycle of one step."""
     weight = nn.Parameter(torch.ones(4, dtype=dtype))
     optimizer = torch.optim.SGD([weight], lr=1.0)
     slow = SlowWeights(optimizer, k=1, alpha=0.1, **settings)
@@ -372,10 +374,10 @@ def test_slow_weights_keep_progress_that_is_smaller_than_an_ulp_of_the_parameter
     (phi,) = slow.values("slow").values()
     assert phi.dtype == torch.float32
     assert torch.equal(weight, phi.bfloat16())
-    exact = torch.tensor(1.0)
+    exact, rise = torch.ones(4), torch.full((4,), 0.01).bfloat16()
     for _ in range(40):  # theta steps from the rounded phi, as bfloat16 rounds
-        exact += 0.1 * ((exact.bfloat16() + torch.tensor(0.01).bfloat16()).float() - exact)
-    assert torch.allclose(phi, exact.expand(4), rtol=1e-6)
+        exact.lerp_((exact.bfloat16() + rise).float(), 0.1)
+    assert torch.equal(phi, exact)
     assert phi[0] > 1.01
     rounded, _ = creeping(slow_dtype="bfloat16")
     assert (rounded == 1).all()  # lost, each time
@@ -383,10 +385,15 @@ def test_slow_weights_keep_progress_that_is_smaller_than_an_ulp_of_the_parameter
 
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 def test_a_swap_never_rounds_phi(dtype):
-    weight, slow = creeping(steps=7, slow_dtype=dtype)
-    weight.grad = torch.full_like(weight, 0.3)
-    slow._cycles._k = 5
+    weight = nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    slow = SlowWeights(optimizer, k=3, alpha=0.3, slow_dtype=dtype)
+    for _ in range(4):  # one step into the second cycle, so that theta is not phi rounded
+        weight.grad = torch.full_like(weight, 0.07)
+        optimizer.step()
     (phi,), theta = [value.clone() for value in slow.values("slow").values()], weight.detach().clone()
+    assert not torch.equal(phi.bfloat16().to(phi), phi)
+    assert not torch.equal(phi.bfloat16(), theta)
     for _ in range(3):
         with slow.use("slow"):
             assert torch.equal(weight, phi.bfloat16())
@@ -724,3 +731,38 @@ def test_a_wider_exclude_is_resumed():
     with pytest.warns(UserWarning, match="exclude was"):
         module, _ = fit(LookaheadCallback(k=3, exclude="net.0.*"), ckpt_path="stop.ckpt")
     assert all(value.isfinite().all() for value in module.weights())
+
+
+def test_the_check_for_values_that_are_not_finite_is_made_once_in_a_sync_and_never_between():
+    class Looks(TorchDispatchMode):
+        number = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.number += "_foreach_norm" in func.__name__
+            return func(*args, **(kwargs or {}))
+
+    problem = Problem()
+    SlowWeights(problem.optimizer, k=3)
+    seen = []
+    for index in range(9):
+        with Looks() as looks:
+            problem.step(index)
+        seen.append(looks.number)
+    assert seen == [0, 0, 1] * 3
+
+
+def test_optimizers_that_wait_for_each_other_are_resumed_after_every_batch(tmp_path):
+    def run(*callbacks, ckpt_path=None):
+        module, callback = Uneven(), LookaheadCallback(k=3, sync_optimizers="together")
+        trainer = make_trainer(callback, *callbacks, max_epochs=1)
+        trainer.fit(module, ckpt_path=ckpt_path)
+        return both(callback, module)
+
+    every = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=3, save_top_k=-1, save_on_train_epoch_end=False)
+    whole = run(every)
+    paths = sorted(tmp_path.glob("*.ckpt"))
+    assert len(paths) == 8
+    for path in paths[:-1]:
+        resumed = run(ckpt_path=path)
+        assert equal(whole[0], resumed[0]), path
+        assert equal(whole[1], resumed[1]), path

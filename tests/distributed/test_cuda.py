@@ -10,7 +10,7 @@ from test_sharded import WORKER, close, loaded, reference, same
 
 pytestmark = [
     pytest.mark.cuda,
-    pytest.mark.skipif(torch.version.cuda is None, reason="this torch was built without CUDA"),
+    pytest.mark.skipif(torch.version.cuda is None, reason="needs a CUDA GPU: this torch was built without CUDA"),
     pytest.mark.usefixtures("visible"),
 ]
 KINDS = ["ddp", "fsdp1", "fsdp1_flat", "fsdp1_full", "fsdp1_grad_op", "fsdp1_offload", "fsdp2", "fsdp2_full"]
@@ -24,7 +24,7 @@ def visible(monkeypatch):
         [sys.executable, "-c", "import sys, torch; sys.exit(not torch.cuda.is_available())"], check=False
     )
     if asked.returncode:
-        pytest.skip("no CUDA device")
+        pytest.skip("needs a CUDA GPU: torch finds none")
 
 
 @pytest.mark.parametrize("kind", KINDS)
