@@ -12,9 +12,7 @@ from __future__ import annotations
 import argparse
 import logging
 import warnings
-from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from digits import Digits, DigitsData
@@ -23,31 +21,7 @@ from lightning.pytorch.callbacks import RichProgressBar
 from rich.console import Console
 from rich.table import Table
 
-from lightning_lookahead import InnerOuterMonitor, LookaheadCallback, Record, plot_inner_outer
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
-
-
-class InnerLoop(NamedTuple):
-    """Accuracies around one inner loop: of phi before it, of theta at its end, of phi after the sync."""
-
-    before: float
-    end: float
-    after: float
-
-    @property
-    def fell(self) -> bool:
-        return self.end < self.before
-
-
-def inner_loops(history: Iterable[Record]) -> Iterator[InnerLoop]:
-    """The whole inner loops in a monitor's history: those that begin and end with a sync."""
-    records = list(history)
-    outer = [index for index, record in enumerate(records) if record.weights == "outer"]
-    for first, last in pairwise(outer):
-        if records[last - 1].weights == "inner" and records[first + 1].step == records[first].step + 1:
-            yield InnerLoop(records[first].value, records[last - 1].value, records[last].value)
+from lightning_lookahead import InnerOuterMonitor, LookaheadCallback, Record, inner_loops, plot_inner_outer
 
 
 def train(seed: int, args: argparse.Namespace) -> list[Record]:
@@ -81,9 +55,9 @@ def table(histories: dict[int, list[Record]], args: argparse.Namespace) -> Table
     ):
         result.add_column(heading, justify="right")
     every = [loop for history in histories.values() for loop in inner_loops(history)]
-    groups = {**{str(seed): list(inner_loops(history)) for seed, history in histories.items()}, "all": every}
+    groups = {**{str(seed): inner_loops(history) for seed, history in histories.items()}, "all": every}
     for name, loops in groups.items():
-        fallen = [loop for loop in loops if loop.fell]
+        fallen = [loop for loop in loops if loop.end < loop.before]
         raised = [loop for loop in fallen if loop.after > loop.end]
         recovered = [loop for loop in raised if loop.after >= loop.before]
         numbers = [sum(loop.before - loop.end for loop in fallen), sum(loop.after - loop.end for loop in fallen)]

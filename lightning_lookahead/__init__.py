@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from lightning_lookahead._records import Record
+    from lightning_lookahead._records import InnerLoop, Record, inner_loops
     from lightning_lookahead.adaptive import AdaptiveAlpha
     from lightning_lookahead.callback import LookaheadCallback
     from lightning_lookahead.checkpointing import load_weights
@@ -26,6 +26,7 @@ __all__ = [
     "Comparison",
     "Constant",
     "Cosine",
+    "InnerLoop",
     "InnerOuterMonitor",
     "Linear",
     "LookaheadCLI",
@@ -33,6 +34,7 @@ __all__ = [
     "Record",
     "SlowWeights",
     "compare_weights",
+    "inner_loops",
     "load_weights",
     "plot_inner_outer",
 ]
@@ -42,6 +44,7 @@ _MODULES = {
     "Comparison": "comparison",
     "Constant": "step_size",
     "Cosine": "step_size",
+    "InnerLoop": "_records",
     "InnerOuterMonitor": "monitor",
     "Linear": "step_size",
     "LookaheadCLI": "cli",
@@ -49,6 +52,7 @@ _MODULES = {
     "Record": "_records",
     "SlowWeights": "slow_weights",
     "compare_weights": "comparison",
+    "inner_loops": "_records",
     "load_weights": "checkpointing",
     "plot_inner_outer": "plotting",
 }

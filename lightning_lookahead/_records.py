@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import warnings
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
@@ -11,7 +12,7 @@ import torch
 from lightning_lookahead._lightning import is_a
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
     from pathlib import Path
 
     from lightning.pytorch import LightningModule, Trainer
@@ -31,6 +32,36 @@ class Record(NamedTuple):
     weights: Literal["inner", "outer"]
     value: float
     loss: float | None
+
+
+class InnerLoop(NamedTuple):
+    """The metric around one inner loop: of phi before it, of theta at its end, of phi after the sync."""
+
+    before: float
+    end: float
+    after: float
+
+
+def inner_loops(history: Iterable[Record]) -> list[InnerLoop]:
+    """What each whole inner loop did to the metric, and what the sync after it did.
+
+    Args:
+        history: ``monitor.history``, or a part of it. Loops that begin or end outside of a window are left out.
+
+    Example:
+        >>> history = [Record(0, "outer", 0.9, None), Record(1, "inner", 0.8, None), Record(1, "outer", 0.95, None)]
+        >>> inner_loops(history)
+        [InnerLoop(before=0.9, end=0.8, after=0.95)]
+
+    Source: Zhang, Lucas, Hinton, Ba 2019, Figure 10.
+    """
+    records = list(history)
+    outer = [index for index, record in enumerate(records) if record.weights == "outer"]
+    return [
+        InnerLoop(records[first].value, records[last - 1].value, records[last].value)
+        for first, last in pairwise(outer)
+        if records[last - 1].weights == "inner" and records[first + 1].step == records[first].step + 1
+    ]
 
 
 def log(trainer: Trainer, records: Sequence[Record], name: str) -> None:

@@ -3,7 +3,7 @@
 import pytest
 from matplotlib import pyplot as plt
 
-from lightning_lookahead import Record, plot_inner_outer
+from lightning_lookahead import InnerLoop, Record, inner_loops, plot_inner_outer
 
 
 def window(begin, loops, k=3):
@@ -59,3 +59,10 @@ def test_nothing_is_left_for_pyplot_to_show():
     before = plt.get_fignums()
     plot_inner_outer(window(0, 1))
     assert plt.get_fignums() == before
+
+
+def test_inner_loops_are_those_that_a_window_holds_whole():
+    assert inner_loops(window(0, 2)) == [InnerLoop(0.5, 3, 3.5), InnerLoop(3.5, 6, 6.5)]
+    assert inner_loops(window(0, 3)[2:-2]) == [InnerLoop(3.5, 6, 6.5)]  # the first and the last are cut
+    assert inner_loops(window(0, 1) + window(60, 1)) == [InnerLoop(0.5, 3, 3.5), InnerLoop(60.5, 63, 63.5)]
+    assert inner_loops([]) == []

@@ -1,0 +1,192 @@
+"""Mean and variance of the weights on the noisy quadratic model, under SGD and under Lookahead around it.
+
+In closed form, for learning rates with which SGD converges. `noisy_quadratic` states the model.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple, SupportsIndex
+
+import numpy as np
+
+from lightning_lookahead.theory._checks import (
+    check_alpha,
+    check_count,
+    check_curvature,
+    check_k,
+    check_learning_rate,
+    check_modes,
+    check_variance,
+)
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike, NDArray
+
+
+class Moments(NamedTuple):
+    """Mean and variance of each weight: a row for each point in time, a column for each mode."""
+
+    mean: NDArray[np.float64]
+    variance: NDArray[np.float64]
+
+
+def sgd_variance(*, learning_rate: float, curvature: ArrayLike, noise_variance: ArrayLike) -> NDArray[np.float64]:
+    """The variance that the weights settle at under SGD: ``x s2 / (2 - x)`` with ``x = learning_rate * curvature``.
+
+    It grows with the learning rate. A mode without curvature stays where it is, and has none.
+
+    Args:
+        learning_rate: Of SGD, in (0, 2 / max(curvature)).
+        curvature: ``a``, of shape (d,), at least 0; or a number.
+        noise_variance: ``s2``, of shape (d,), at least 0; or a number.
+
+    Returns:
+        Variances of shape (d,).
+
+    Raises:
+        ValueError: If an argument is out of range, or shapes do not match.
+
+    Example:
+        >>> sgd_variance(learning_rate=0.5, curvature=[1.0, 2.0], noise_variance=3.0)
+        array([1., 3.])
+
+    Source: Zhang, Lucas, Hinton, Ba 2019, noisy quadratic model, with the noise's variance where the
+    paper prints its square.
+    """
+    a = check_curvature(curvature)
+    x = check_learning_rate(learning_rate, a) * a
+    return x * check_variance(noise_variance, "noise_variance", a) / (2 - x)
+
+
+def lookahead_variance(
+    *, learning_rate: float, curvature: ArrayLike, noise_variance: ArrayLike, k: SupportsIndex, alpha: float
+) -> NDArray[np.float64]:
+    """The variance that phi settles at under Lookahead around SGD: that of SGD times a factor below 1.
+
+    The factor is ``alpha (1 + r^k) / (2 - alpha + alpha r^k)``, and 1 for ``alpha=1``. The variance grows with the
+    learning rate and with alpha.
+
+    Args:
+        learning_rate: Of SGD, in (0, 2 / max(curvature)).
+        curvature: ``a``, of shape (d,), at least 0; or a number.
+        noise_variance: ``s2``, of shape (d,), at least 0; or a number.
+        k: Inner steps between two syncs; at least 1.
+        alpha: Slow weights step size, in (0, 1].
+
+    Returns:
+        Variances of phi, of shape (d,).
+
+    Raises:
+        ValueError: If an argument is out of range, or shapes do not match.
+
+    Example:
+        >>> lookahead_variance(learning_rate=0.5, curvature=[1.0, 2.0], noise_variance=3.0, k=5, alpha=0.5).round(4)
+        array([0.3402, 1.    ])
+
+    Source: Zhang, Lucas, Hinton, Ba 2019, noisy quadratic model.
+    """
+    alpha = check_alpha(alpha)
+    variance = sgd_variance(learning_rate=learning_rate, curvature=curvature, noise_variance=noise_variance)
+    power = (1 - learning_rate * check_curvature(curvature)) ** check_k(k)
+    # The fraction first: at alpha=1 it is exactly 1.
+    return variance * (alpha * (1 + power) / (2 - alpha + alpha * power))
+
+
+def sgd_trajectory(
+    *,
+    learning_rate: float,
+    curvature: ArrayLike,
+    noise_variance: ArrayLike,
+    steps: SupportsIndex,
+    initial_mean: ArrayLike,
+    initial_variance: ArrayLike = 0.0,
+) -> Moments:
+    """Mean and variance of the weights under SGD, from the start to after the last step.
+
+    Args:
+        learning_rate: Of SGD, in (0, 2 / max(curvature)).
+        curvature: ``a``, of shape (d,), at least 0; or a number.
+        noise_variance: ``s2``, of shape (d,), at least 0; or a number.
+        steps: Inner steps; at least 0.
+        initial_mean: Of the weights at the start, of shape (d,); or a number.
+        initial_variance: Of the weights at the start, of shape (d,), at least 0; or a number.
+
+    Returns:
+        Two arrays of shape (steps + 1, d), a row for each inner step.
+
+    Raises:
+        ValueError: If an argument is out of range, or shapes do not match.
+
+    Example:
+        >>> sgd_trajectory(learning_rate=0.5, curvature=1.0, noise_variance=4.0, steps=2, initial_mean=8.0)
+        Moments(mean=array([[8.],
+               [4.],
+               [2.]]), variance=array([[0.  ],
+               [1.  ],
+               [1.25]]))
+
+    Source: Zhang, Lucas, Hinton, Ba 2019, noisy quadratic model.
+    """
+    limit = sgd_variance(learning_rate=learning_rate, curvature=curvature, noise_variance=noise_variance)
+    a = check_curvature(curvature)
+    times = check_count(steps, "steps", "the inner steps", 0)
+    return _trajectory(1 - learning_rate * a, limit, times, initial_mean, initial_variance)
+
+
+def lookahead_trajectory(
+    *,
+    learning_rate: float,
+    curvature: ArrayLike,
+    noise_variance: ArrayLike,
+    k: SupportsIndex,
+    alpha: float,
+    syncs: SupportsIndex,
+    initial_mean: ArrayLike,
+    initial_variance: ArrayLike = 0.0,
+) -> Moments:
+    """Mean and variance of phi under Lookahead around SGD, from the start to after the last sync.
+
+    Args:
+        learning_rate: Of SGD, in (0, 2 / max(curvature)).
+        curvature: ``a``, of shape (d,), at least 0; or a number.
+        noise_variance: ``s2``, of shape (d,), at least 0; or a number.
+        k: Inner steps between two syncs; at least 1.
+        alpha: Slow weights step size, in (0, 1].
+        syncs: Syncs, ``k`` inner steps each; at least 0.
+        initial_mean: Of the weights at the start, of shape (d,); or a number.
+        initial_variance: Of the weights at the start, of shape (d,), at least 0; or a number.
+
+    Returns:
+        Two arrays of shape (syncs + 1, d), a row for each sync, ``k`` inner steps apart.
+
+    Raises:
+        ValueError: If an argument is out of range, or shapes do not match.
+
+    Example:
+        >>> lookahead_trajectory(
+        ...     learning_rate=0.5, curvature=1.0, noise_variance=4.0, k=2, alpha=0.5, syncs=1, initial_mean=8.0
+        ... )
+        Moments(mean=array([[8.],
+               [5.]]), variance=array([[0.    ],
+               [0.3125]]))
+
+    Source: Zhang, Lucas, Hinton, Ba 2019, noisy quadratic model.
+    """
+    limit = lookahead_variance(
+        learning_rate=learning_rate, curvature=curvature, noise_variance=noise_variance, k=k, alpha=alpha
+    )
+    contraction = 1 - alpha + alpha * (1 - learning_rate * check_curvature(curvature)) ** check_k(k)
+    return _trajectory(contraction, limit, check_count(syncs, "syncs", "the syncs", 0), initial_mean, initial_variance)
+
+
+def _trajectory(
+    contraction: NDArray[np.float64],
+    limit: NDArray[np.float64],
+    times: int,
+    initial_mean: ArrayLike,
+    initial_variance: ArrayLike,
+) -> Moments:
+    mean = check_modes(initial_mean, "initial_mean", limit)
+    variance = check_variance(initial_variance, "initial_variance", limit)
+    power = contraction ** np.arange(times + 1)[:, None]
+    return Moments(power * mean, power**2 * variance + (1 - power**2) * limit)

@@ -1,0 +1,77 @@
+"""The noisy quadratic model by chance: many particles that take the steps which `moments` has formulas for."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, SupportsIndex
+
+import numpy as np
+
+from lightning_lookahead.theory._checks import (
+    check_alpha,
+    check_count,
+    check_curvature,
+    check_k,
+    check_learning_rate,
+    check_modes,
+    check_variance,
+)
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike, NDArray
+
+
+def simulate(
+    *,
+    learning_rate: float,
+    curvature: ArrayLike,
+    noise_variance: ArrayLike,
+    k: SupportsIndex = 1,
+    alpha: float = 1.0,
+    syncs: SupportsIndex,
+    initial_mean: ArrayLike,
+    particles: SupportsIndex,
+    seed: int,
+) -> NDArray[np.float64]:
+    """The slow weights of many independent runs of Algorithm 1 around SGD; with ``k=1, alpha=1`` of SGD itself.
+
+    The same arguments give the same numbers. All particles start at ``initial_mean``.
+
+    Args:
+        learning_rate: Of SGD, in (0, 2 / max(curvature)).
+        curvature: ``a``, of shape (d,), at least 0; or a number.
+        noise_variance: ``s2``, of shape (d,), at least 0; or a number.
+        k: Inner steps between two syncs; at least 1.
+        alpha: Slow weights step size, in (0, 1].
+        syncs: Syncs to do, ``k`` inner steps each; at least 0.
+        initial_mean: Where the weights start, of shape (d,); or a number.
+        particles: How many runs; at least 1. A variance that is estimated from n has a relative error of sqrt(2 / n).
+        seed: Of the random numbers.
+
+    Returns:
+        phi after the last sync, of shape (particles, d).
+
+    Raises:
+        ValueError: If an argument is out of range, or shapes do not match.
+
+    Example:
+        >>> phi = simulate(
+        ...     learning_rate=0.5, curvature=1.0, noise_variance=3.0, syncs=30, initial_mean=1.0, particles=9999, seed=0
+        ... )
+        >>> phi.shape, round(float(phi.var()), 1)  # `sgd_variance` says 1
+        ((9999, 1), 1.0)
+
+    Source: Zhang, Lucas, Hinton, Ba 2019, Algorithm 1 on the noisy quadratic model.
+    """
+    a = check_curvature(curvature)
+    rate, alpha, k = check_learning_rate(learning_rate, a), check_alpha(alpha), check_k(k)
+    deviation = np.sqrt(check_variance(noise_variance, "noise_variance", a))
+    start = check_modes(initial_mean, "initial_mean", a)
+    rows = check_count(particles, "particles", "the number of runs", 1)
+    random = np.random.default_rng(seed)
+    phi = np.tile(start, (rows, 1))
+    for _ in range(check_count(syncs, "syncs", "the syncs", 0)):
+        theta = phi.copy()
+        for _ in range(k):
+            theta -= rate * a * (theta - deviation * random.standard_normal(theta.shape))
+        phi += alpha * (theta - phi)
+    return phi
