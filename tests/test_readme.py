@@ -28,7 +28,7 @@ def test_python_snippets_run_one_after_the_other(capsys):
     names = {"model": Classifier()}
     for snippet in blocks("python"):
         exec(compile(snippet, "README.md", "exec"), names)
-    assert len(blocks("python")) == 9
+    assert len(blocks("python")) == 10
     assert names["slow"].syncs == 2
     shown = capsys.readouterr().out
     assert "'accuracy'" in shown
@@ -40,7 +40,7 @@ def test_python_snippets_run_one_after_the_other(capsys):
 
 def test_the_command_for_the_main_job_ends_in_a_table_and_saves_a_plot(tmp_path):
     main, tests = blocks("sh")
-    assert tests.strip().endswith(".venv/bin/pytest")  # that one runs this
+    assert tests.strip().endswith(".venv/bin/pytest -n 2 --dist loadfile")  # that one runs this
     *setup, program = (part.strip() for part in main.split("&&"))
     assert setup == ["python3 -m venv .venv", ".venv/bin/pip install -c constraints.txt -e '.[examples]'"]
     command = program.replace(".venv/bin/python", sys.executable).replace("examples/", f"{ROOT}/examples/").split()
@@ -112,9 +112,18 @@ def test_the_tables_of_options_have_every_argument_with_its_default(heading, doc
     assert rows == {name: repr(argument.default).replace("'", '"') for name, argument in arguments.items()}
 
 
-def test_the_map_of_the_code_names_every_module():
-    named = set(re.findall(r"^  (\w+\.py) ", README, re.MULTILINE))
-    assert named == {path.name for path in (ROOT / "lightning_lookahead").glob("*.py")} - {"__init__.py"}
+@pytest.mark.parametrize("folder", ["lightning_lookahead/", "lightning_lookahead/theory/"])
+def test_the_map_of_the_code_names_every_module(folder):
+    (section,) = re.findall(rf"^{folder}(?:| .*)\n((?:  .*\n)+)", README, re.MULTILINE)
+    named = re.findall(r"^  (\w+\.py) ", section, re.MULTILINE)
+    assert sorted(named) == sorted({path.name for path in (ROOT / folder).glob("*.py")} - {"__init__.py"})
+
+
+def test_the_table_of_the_papers_programs_names_each_of_them():
+    named = re.findall(r"^\| `(\w+\.py)` \|", README.split("## The paper")[1].split("\n## ")[0], re.MULTILINE)
+    assert sorted(named) == sorted({path.name for path in (ROOT / "examples/paper").glob("*.py")} - {"results.py"})
+    inside = README.split("## Inside")[1]
+    assert all(path.name in inside for path in (ROOT / "examples/paper/lab").glob("*.py") if path.stem != "__init__")
 
 
 def test_public_names_are_those_that_exist():

@@ -1,0 +1,75 @@
+"""Write the tables and figures of RESULTS.md from the records.
+
+    python examples/paper/results.py             # from examples/paper/records
+    python examples/paper/results.py --check     # only say whether RESULTS.md holds what the records give
+
+To publish a run of yours: copy its `.jsonl` from `outputs/paper` into `examples/paper/records` and run this.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections import Counter
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lab.study import Study, stop
+
+if TYPE_CHECKING:
+    from lab.study import Record
+
+HERE = Path(__file__).parent
+BLOCK = re.compile(r"(<!-- records: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def origin(records: list[Record]) -> str:
+    """Where records come from, and what they cost."""
+    seconds = sum(record["seconds"] for record in records)
+    seeds = len({record["settings"]["seed"] for record in records})
+    machines = Counter(
+        f"{record['machine']['device']}, {record['machine']['threads']} thread(s) a run" for record in records
+    )
+    versions = Counter(
+        ", ".join(f"{name} {number}" for name, number in record["versions"].items()) for record in records
+    )
+    days = sorted({record["finished"][:10] for record in records})
+    when = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
+    runs = f"{len(records)} runs, {seeds} seeds, {seconds / 60:.1f} minutes in all, {when}"
+    return "; ".join([runs, *machines, *versions]) + "."
+
+
+def block(name: str, records: list[Record]) -> str:
+    """The tables of one program, its figure, and where the records come from."""
+    tables = [table.markdown() for table in import_module(name).tables(records)]
+    return "\n" + "\n\n".join([*tables, f"![{name}](figures/{name}.png)", origin(records), ""])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing; fail if RESULTS.md would change")
+    args = parser.parse_args()
+
+    def fill(match: re.Match[str]) -> str:
+        begin, name, end = match.groups()
+        records = Study(name, HERE / "records").records()
+        records.sort(key=lambda record: record["settings"]["seed"])
+        if not records:
+            stop(f"no records in {HERE / 'records' / name}.jsonl")
+        if not args.check:
+            import_module(name).draw(records).savefig(HERE / "figures" / f"{name}.png")
+        return f"{begin}{block(name, records)}{end}"
+
+    results = HERE / "RESULTS.md"
+    text = results.read_text()
+    filled = BLOCK.sub(fill, text)
+    if args.check:
+        if filled != text:
+            stop("RESULTS.md is not what the records give: run examples/paper/results.py")
+        return
+    results.write_text(filled)
+
+
+if __name__ == "__main__":
+    main()
