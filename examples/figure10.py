@@ -57,9 +57,9 @@ def table(histories: dict[int, list[Record]], args: argparse.Namespace) -> Table
     every = [loop for history in histories.values() for loop in inner_loops(history)]
     groups = {**{str(seed): inner_loops(history) for seed, history in histories.items()}, "all": every}
     for name, loops in groups.items():
-        fallen = [loop for loop in loops if loop.end < loop.before]
-        raised = [loop for loop in fallen if loop.after > loop.end]
-        recovered = [loop for loop in raised if loop.after >= loop.before]
+        fallen = [loop for loop in loops if loop.fell]
+        raised = [loop for loop in fallen if loop.raised]
+        recovered = [loop for loop in fallen if loop.recovered]
         numbers = [sum(loop.before - loop.end for loop in fallen), sum(loop.after - loop.end for loop in fallen)]
         means = [f"{number / max(len(fallen), 1):.2%}" for number in numbers]
         result.add_row(name, *map(str, (len(loops), len(fallen), len(raised), len(recovered))), *means)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import operator
 import warnings
-from numbers import Real
-from typing import TYPE_CHECKING, Any, SupportsIndex
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
+
+from lightning_lookahead._numbers import check_choice
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,29 +19,6 @@ NONFINITE = ("raise", "skip", "restore")
 
 VERSION = 1
 """Version of what a checkpoint holds of ours, raised when an older reader would get it wrong."""
-
-
-def check_k(k: SupportsIndex, name: str = "k") -> int:
-    """Return ``k`` as an int; raise unless it is an integer of at least 1."""
-    if isinstance(k, bool) or not hasattr(k, "__index__") or operator.index(k) < 1:
-        message = f"{name}={k!r} is out of range: the inner steps between two syncs must be an integer of at least 1."
-        raise ValueError(message)
-    return operator.index(k)
-
-
-def check_alpha(alpha: float, name: str = "alpha") -> float:
-    """Return ``alpha`` as a float; raise unless it is a number in (0, 1]."""
-    if isinstance(alpha, bool) or not isinstance(alpha, Real) or not 0 < alpha <= 1:
-        message = f"{name}={alpha!r} is out of range: the slow weights step size must be a number in (0, 1]."
-        raise ValueError(message)
-    return float(alpha)
-
-
-def check_choice(argument: str, value: object, choices: tuple[str, ...]) -> None:
-    """Raise unless ``value`` is one of the choices."""
-    if value not in choices:
-        message = f"{argument}={value!r} is unknown: give {' or '.join(map(repr, choices))}."
-        raise ValueError(message)
 
 
 def check_dtype(dtype: str | None) -> torch.dtype | None:

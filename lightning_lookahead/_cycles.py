@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from lightning_lookahead._checks import check_alpha, check_k
+from lightning_lookahead._numbers import check_alpha, check_k
 from lightning_lookahead.step_size import Length, StepSize, check_length, check_step_size, k_at
 
 if TYPE_CHECKING:

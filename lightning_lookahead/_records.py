@@ -41,6 +41,21 @@ class InnerLoop(NamedTuple):
     end: float
     after: float
 
+    @property
+    def fell(self) -> bool:
+        """Whether the metric was lower at the end of the loop than before it."""
+        return self.end < self.before
+
+    @property
+    def raised(self) -> bool:
+        """Whether the sync made it higher than at the end of the loop."""
+        return self.after > self.end
+
+    @property
+    def recovered(self) -> bool:
+        """Whether the sync raised it to where it was before the loop, or higher."""
+        return self.raised and self.after >= self.before
+
 
 def inner_loops(history: Iterable[Record]) -> list[InnerLoop]:
     """What each whole inner loop did to the metric, and what the sync after it did.

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import distributed
 
-from lightning_lookahead._checks import check_alpha, check_choice
+from lightning_lookahead._numbers import check_alpha, check_choice
 from lightning_lookahead._tensors import copies, copy_
 
 if TYPE_CHECKING:

@@ -13,7 +13,6 @@ from lightning_lookahead._batch_norm import check_recalibrate
 from lightning_lookahead._buffers import check_statistics
 from lightning_lookahead._checks import (
     NONFINITE,
-    check_choice,
     check_device,
     check_dtype,
     check_optimizer,
@@ -33,6 +32,7 @@ from lightning_lookahead._lightning import (
     names_of,
     training_loss,
 )
+from lightning_lookahead._numbers import check_choice
 from lightning_lookahead._ranks import check_ranks
 from lightning_lookahead._saving import SavingCallback
 from lightning_lookahead._undisturbed import undisturbed

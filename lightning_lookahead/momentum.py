@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 
-from lightning_lookahead._checks import check_choice
+from lightning_lookahead._numbers import check_choice
 from lightning_lookahead._tensors import copy_, interpolate_
 
 if TYPE_CHECKING:

@@ -10,7 +10,6 @@ from lightning_lookahead._both import BothWeights
 from lightning_lookahead._buffers import SlowBuffers, check_statistics
 from lightning_lookahead._checks import (
     NONFINITE,
-    check_choice,
     check_device,
     check_dtype,
     check_materialized,
@@ -21,6 +20,7 @@ from lightning_lookahead._checks import (
 from lightning_lookahead._cycles import Cycle, Cycles
 from lightning_lookahead._finite import all_finite
 from lightning_lookahead._inner_steps import is_rehearsal
+from lightning_lookahead._numbers import check_choice
 from lightning_lookahead._sharding import is_sharded
 from lightning_lookahead._tensors import copy_, distance, interpolate_, not_finite
 from lightning_lookahead._tracked import Tracked, parameters_of

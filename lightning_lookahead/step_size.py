@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from typing_extensions import override
 
-from lightning_lookahead._checks import check_alpha, check_k
+from lightning_lookahead._numbers import check_alpha, check_k
 from lightning_lookahead.adaptive import AdaptiveAlpha
 
 StepSize = float | Callable[[int], float] | AdaptiveAlpha

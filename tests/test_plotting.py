@@ -66,3 +66,18 @@ def test_inner_loops_are_those_that_a_window_holds_whole():
     assert inner_loops(window(0, 3)[2:-2]) == [InnerLoop(3.5, 6, 6.5)]  # the first and the last are cut
     assert inner_loops(window(0, 1) + window(60, 1)) == [InnerLoop(0.5, 3, 3.5), InnerLoop(60.5, 63, 63.5)]
     assert inner_loops([]) == []
+
+
+@pytest.mark.parametrize(
+    ("values", "fell", "raised", "recovered"),
+    [
+        ((0.9, 0.8, 0.9), True, True, True),
+        ((0.9, 0.8, 0.85), True, True, False),
+        ((0.9, 0.8, 0.8), True, False, False),
+        ((0.9, 0.95, 0.92), False, False, False),
+        ((0.9, 0.9, 0.91), False, True, True),
+    ],
+)
+def test_what_a_sync_made_of_an_inner_loop(values, fell, raised, recovered):
+    loop = InnerLoop(*values)
+    assert (loop.fell, loop.raised, loop.recovered) == (fell, raised, recovered)

@@ -74,9 +74,9 @@ def tables(records: list[study.Record]) -> list[Table]:
     result = Table(f"{title(records[0]['settings'])}, a window of {window} inner steps", headings)
     loops = {str(record["settings"]["seed"]): inner_loops(history(record)) for record in records}
     for seed, of in {**loops, "all": [loop for each in loops.values() for loop in each]}.items():
-        fallen = [loop for loop in of if loop.end < loop.before]
-        raised = [loop for loop in fallen if loop.after > loop.end]
-        recovered = [loop for loop in raised if loop.after >= loop.before]
+        fallen = [loop for loop in of if loop.fell]
+        raised = [loop for loop in fallen if loop.raised]
+        recovered = [loop for loop in fallen if loop.recovered]
         changes = [sum(loop.before - loop.end for loop in fallen), sum(loop.after - loop.end for loop in fallen)]
         means = [f"{change / max(len(fallen), 1):.2%}" for change in changes]
         result.rows.append([seed, *map(str, (len(of), len(fallen), len(raised), len(recovered))), *means])

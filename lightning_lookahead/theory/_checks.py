@@ -1,4 +1,4 @@
-"""What may be given to the theory. `lightning_lookahead._checks` says it in the same words, but imports torch."""
+"""What may be given to the theory: every check of an argument that it has alone, and what it says."""
 
 from __future__ import annotations
 
@@ -20,32 +20,12 @@ def check_count(value: SupportsIndex, name: str, what: str, least: int) -> int:
     return operator.index(value)
 
 
-def check_k(k: SupportsIndex) -> int:
-    """Return ``k`` as an int; raise unless it is an integer of at least 1."""
-    return check_count(k, "k", "the inner steps between two syncs", 1)
-
-
-def check_alpha(alpha: float) -> float:
-    """Return ``alpha`` as a float; raise unless it is a number in (0, 1]."""
-    if isinstance(alpha, bool) or not isinstance(alpha, Real) or not 0 < alpha <= 1:
-        message = f"alpha={alpha!r} is out of range: the slow weights step size must be a number in (0, 1]."
-        raise ValueError(message)
-    return float(alpha)
-
-
 def check_momentum(momentum: float) -> float:
     """Return ``momentum`` as a float; raise unless it is a number in [0, 1)."""
     if isinstance(momentum, bool) or not isinstance(momentum, Real) or not 0 <= momentum < 1:
         message = f"momentum={momentum!r} is out of range: it must be a number in [0, 1)."
         raise ValueError(message)
     return float(momentum)
-
-
-def check_choice(argument: str, value: object, choices: tuple[str, ...]) -> None:
-    """Raise unless ``value`` is one of the choices."""
-    if value not in choices:
-        message = f"{argument}={value!r} is unknown: give {' or '.join(map(repr, choices))}."
-        raise ValueError(message)
 
 
 def check_positive(value: float, name: str) -> float:

@@ -7,14 +7,8 @@ from typing import TYPE_CHECKING, NamedTuple, SupportsIndex
 
 import numpy as np
 
-from lightning_lookahead.theory._checks import (
-    check_alpha,
-    check_count,
-    check_curvature,
-    check_k,
-    check_positive,
-    check_variance,
-)
+from lightning_lookahead._numbers import check_alpha, check_k
+from lightning_lookahead.theory._checks import check_count, check_curvature, check_positive, check_variance
 from lightning_lookahead.theory._search import lowest
 from lightning_lookahead.theory.loss import excess_loss
 from lightning_lookahead.theory.moments import lookahead_trajectory, lookahead_variance

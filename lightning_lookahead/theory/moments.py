@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, NamedTuple, SupportsIndex
 
 import numpy as np
 
+from lightning_lookahead._numbers import check_alpha, check_k
 from lightning_lookahead.theory._checks import (
-    check_alpha,
     check_count,
     check_curvature,
-    check_k,
     check_learning_rate,
     check_modes,
     check_variance,

@@ -26,15 +26,8 @@ from typing import TYPE_CHECKING, Literal, SupportsIndex
 
 import numpy as np
 
-from lightning_lookahead.theory._checks import (
-    check_alpha,
-    check_choice,
-    check_curvature,
-    check_finite,
-    check_k,
-    check_momentum,
-    check_positive,
-)
+from lightning_lookahead._numbers import check_alpha, check_choice, check_k
+from lightning_lookahead.theory._checks import check_curvature, check_finite, check_momentum, check_positive
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
