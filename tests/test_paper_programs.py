@@ -80,6 +80,14 @@ def test_a_study_that_is_done_only_draws_again_and_another_seed_is_added(smoke):
     assert (folder / "outputs/paper/momentum_at_sync.png").stat().st_size > 5000
 
 
+def test_digits_are_trained_on_in_their_own_size_for_as_long_as_is_said(tmp_path):
+    done = start("momentum_at_sync", "--data", "digits", "--epochs", "1", "--seeds", "1", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout
+    records = [json.loads(line) for line in (tmp_path / "outputs/paper/momentum_at_sync.jsonl").open()]
+    sizes = {"data": "digits", "size": 0, "epochs": 1, "width": 8, "limit": 0}
+    assert [record["settings"].items() >= sizes.items() for record in records] == [True] * 4
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [

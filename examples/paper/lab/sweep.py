@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lab.images import Images, load
-from lab.study import Study, parser, stop
+from lab.study import Study, at_least_one, parser, stop
 from lab.training import Settings, train
 
 if TYPE_CHECKING:
@@ -78,6 +78,7 @@ def sweep(doc: str, name: str, *, seeds: int = 3, data: str = "fashion-mnist", s
     """
     arguments = parser(doc, seeds=seeds, data=data)
     arguments.add_argument("--full", action="store_true", help="the paper's network, image size and epochs: for a GPU")
+    arguments.add_argument("--epochs", type=at_least_one, help="passes over the training images, if not those of above")
     args = arguments.parse_args()
     try:
         images = load("digits" if args.smoke else args.data)
@@ -86,7 +87,12 @@ def sweep(doc: str, name: str, *, seeds: int = 3, data: str = "fashion-mnist", s
     torch.set_num_threads(1)  # processes that share the work gain more than threads
     budget = {**FULL, **full} if args.full else {**SMALL, **small}
     if args.smoke:
-        budget |= {**SMOKE, "held_out": min(budget.get("held_out", 0), 200)}
+        budget |= SMOKE
+    if args.epochs:
+        budget["epochs"] = args.epochs
+    number, size = len(images.train[0]), images.train[0].shape[-1]
+    budget["held_out"] = min(budget.get("held_out", 0), number // 5)
+    budget["size"] = 0 if size <= budget.get("size", 0) else budget.get("size", 0)
     base = Settings(images.name, **budget)
     return Sweep(Study(name, args.out), images, base, args.seeds, args.smoke)
 
