@@ -156,9 +156,9 @@ def draw(records: list[Record]) -> Figure:
             left.plot(x, ratio(alpha, settings["k"], x), color=f"C{index}", label=f"alpha {alpha:g}")
             for run in runs:
                 left.plot(settings["products"], run["results"]["ratios"], ".", color=f"C{index}", markersize=5)
-        left.axhline(1, color="tab:gray", linewidth=1)
-        left.set(xlabel="learning rate x curvature", ylabel="variance / SGD's", ylim=(0, 1.25))
-        left.legend(ncols=3, loc="upper center")
+        left.axhline(1, color="tab:gray", linewidth=1, label="SGD")
+        left.set(xlabel="learning rate x curvature", ylabel="variance / SGD's", ylim=(0, 1.4))
+        left.legend(ncols=2, loc="upper center")
         risks = [record["settings"]["risk"] for record in compared]
         for name, label, colour in (("sgd", "SGD", "tab:gray"), ("lookahead", "best Lookahead", "tab:blue")):
             losses = [record["results"][name]["excess_loss"] for record in compared]
