@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from lab.sweep import Sweep
 
 MODES = {"none": "maintain", "pullback": "interpolate", "reset": "reset"}
-PAPER = {"SGD": "95.23", "maintain": "95.15", "interpolate": "95.16", "reset": "94.91"}
-"""Test accuracy after 200 epochs; SGD is Table 1's."""
+PAPER = {"SGD": "below", "maintain": "95.15", "interpolate": "95.16", "reset": "94.91"}
+"""Test accuracy after 200 epochs. Of SGD the paper says only that all three are above it."""
 
 
 def run(runs: Sweep) -> list[Record]:
