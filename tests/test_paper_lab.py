@@ -266,6 +266,7 @@ def test_two_processes_share_the_runs_and_each_returns_the_records_of_all(tmp_pa
     (mine, all_of_them), (others, _) = (map(int, one.communicate()[0].split()[-2:]) for one in both)
     assert mine + others == all_of_them == 6
     assert len((tmp_path / "out" / "try.jsonl").read_text().splitlines()) == 6
+    assert not [path for path in (tmp_path / "out" / "try").iterdir() if path.is_dir()]
 
 
 def test_the_run_of_a_process_that_was_killed_is_taken_over():

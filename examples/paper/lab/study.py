@@ -86,7 +86,10 @@ class Study:
             taken = 0
             for settings in missing:
                 with self._claim(settings) as folder:
-                    if folder is None or self.find(settings):
+                    if folder is None:
+                        continue
+                    if self.find(settings):  # done since we looked
+                        shutil.rmtree(folder)
                         continue
                     taken += 1
                     self._do(settings, run, folder, f"{self.file.stem} {todo.index(settings) + 1}/{len(todo)}")
