@@ -114,6 +114,7 @@ def test_published_results_that_were_changed_by_hand_are_found_and_mended(tmp_pa
     shutil.copytree(PAPER, tmp_path / "paper")
     results = tmp_path / "paper" / "RESULTS.md"
     whole = results.read_text()
+    assert whole.count("<!-- records: ") >= len(RUNS)
     results.write_text(whole.replace("| 0.03 | ", "| 0.03 | 0", 1))
     monkeypatch.setitem(globals(), "PAPER", tmp_path / "paper")
     changed = start("results", "--check", cwd=tmp_path)

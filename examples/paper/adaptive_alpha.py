@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lab.report import Table, bands, cell, figure, groups, style
+from lab.report import Table, cell, figure, groups, style, values
 from lab.study import show
 from lab.sweep import sweep, title
 from lab.training import Settings, train
@@ -34,8 +34,16 @@ if TYPE_CHECKING:
 
 
 INNER = {"sgd": "SGD", "adamw": "AdamW"}
-KINDS = [(name, "alone") for name in INNER.values()]
-"""What each inner optimizer's runs are compared with, before the others."""
+COLOURS = {
+    "alone": "tab:gray",
+    "alpha 0.5": "tab:blue",
+    "alpha 0.8": "tab:cyan",
+    "estimated: secant": "tab:red",
+    "estimated: hvp": "tab:green",
+    "estimated: fisher": "tab:orange",
+    "estimated: sqrt_fisher": "tab:purple",
+}
+KINDS = [(inner, alpha) for inner in INNER.values() for alpha in COLOURS]
 
 
 @dataclass(frozen=True)
@@ -116,21 +124,22 @@ def tables(records: list[Record]) -> list[Table]:
 
 
 def draw(records: list[Record]) -> Figure:
-    """Training loss after every epoch and the estimated alphas, a row for each inner optimizer."""
+    """Test loss at the end, mean and standard deviation over seeds, and the estimated alphas of the first seed."""
     by_optimizer = groups(records, lambda record: kind(record)[0], INNER.values())
     with style():
         result = figure(7.2, 2.6 * len(by_optimizer))
-        rows = result.subplots(len(by_optimizer), 2, squeeze=False)
+        rows = result.subplots(len(by_optimizer), 2, squeeze=False, sharex="col")
         for (optimizer, of), (losses, steps) in zip(by_optimizer.items(), rows, strict=True):
-            for index, ((_, name), runs) in enumerate(groups(of, kind, KINDS).items()):
-                colour = "tab:gray" if name == "alone" else f"C{index - 1}"
-                bands(losses, runs, "loss", name, colour)
+            for (_, name), runs in groups(of, kind, KINDS).items():
+                found = values(runs, "loss")
+                spread = statistics.stdev(found) if len(found) > 1 else 0
+                losses.errorbar(statistics.mean(found), name, xerr=spread, fmt="o", color=COLOURS[name])
                 if alphas := runs[0]["results"].get("alphas"):
-                    steps.plot(range(1, len(alphas) + 1), alphas, ".", color=colour, markersize=2, label=name)
-            losses.set(ylabel=f"{optimizer}: test loss")
-            losses.legend()
+                    steps.plot(range(1, len(alphas) + 1), alphas, ".", color=COLOURS[name], markersize=2)
+            losses.invert_yaxis()
+            losses.set_title(f"around {optimizer}")
             steps.set(ylabel="alpha", ylim=(0, 1.05))
-        for panel, text in zip(rows[-1], ("epoch", "sync, first seed"), strict=True):
+        for panel, text in zip(rows[-1], ("test loss at the end", "sync, first seed"), strict=True):
             panel.set_xlabel(text)
     return result
 

@@ -46,7 +46,7 @@ SMOKE = {**SMALL, "embedding": 16, "hidden": 24, "epochs": 2, "limit": 2500}
 TUNING_SEED = 100
 
 FULL_RATES = {"sgd": (10.0, 20.0, 30.0, 60.0), "adam": (5e-4, 1e-3, 2e-3, 4e-3)}
-SMALL_RATES = {"sgd": (10.0, 20.0, 40.0, 80.0), "adam": (4e-3, 8e-3, 1.6e-2, 3.2e-2)}
+SMALL_RATES = {"sgd": (10.0, 20.0, 40.0, 80.0), "adam": (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)}
 SMOKE_RATES = {"sgd": (20.0,), "adam": (8e-3,)}
 """Grids of learning rates. They are ours; the fewer steps, the larger."""
 
