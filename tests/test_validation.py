@@ -124,7 +124,7 @@ def test_an_exception_inside_validation_leaves_the_fast_weights_and_a_checkpoint
     trainer = make_trainer(
         OnExceptionCheckpoint(".", "failed"), callback, max_steps=9, val_check_interval=2, limit_val_batches=1
     )
-    previous = signal.getsignal(signal.SIGINT)
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     try:
         with pytest.raises(SystemExit if error is KeyboardInterrupt else error):
             trainer.fit(module)
