@@ -107,7 +107,7 @@ class BothWeights:
         # After a fit Lightning moves the module to the CPU; what is kept here follows.
         self._tracked.follow()
         other = weights != self.holds
-        self._tracked.put(weights)
+        self._tracked.put(weights, synced=not any(self._since(cycle) for cycle in self._cycles))
         if self.buffers is not None and other:
             self.buffers.exchange()
 

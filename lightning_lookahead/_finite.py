@@ -6,27 +6,28 @@ import warnings
 from typing import TYPE_CHECKING
 
 from lightning_lookahead._sharding import any_rank
-from lightning_lookahead._tensors import not_finite
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from torch import Tensor
 
+    from lightning_lookahead._pairs import Pairs
 
-def all_finite(weights: list[Tensor], nonfinite: str, name: Callable[[Tensor], str], *, sharded: bool) -> bool:
-    """Whether all weights are finite; if not, warn, or raise if ``nonfinite`` says so.
+
+def all_finite(weights: Pairs, nonfinite: str, name: Callable[[Tensor], str], *, sharded: bool) -> bool:
+    """Whether all fast weights are finite; if not, warn, or raise if ``nonfinite`` says so.
 
     Raises:
         RuntimeError: With the name of the first parameter that is not.
     """
-    bad = not_finite(weights)
+    bad = weights.not_finite()
     found = bool(bad)
-    if sharded and weights and nonfinite != "raise":  # all ranks have to do the same
-        found = any_rank(found, weights[0].device)
+    if sharded and weights.fast and nonfinite != "raise":  # all ranks have to do the same
+        found = any_rank(found, weights.fast[0].device)
     if not found:
         return True
-    first = name(weights[bad[0]]) if bad else "A parameter on another rank"
+    first = name(weights.fast[bad[0]]) if bad else "A parameter on another rank"
     what = f"{first} has a value that is not finite, and so have {max(len(bad) - 1, 0)} others"
     if nonfinite == "raise":
         message = (

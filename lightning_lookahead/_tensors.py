@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 def local(tensors: Iterable[Tensor]) -> list[Tensor]:
     """The pieces that this rank has: foreach operations know no DTensors."""
+    tensors = list(tensors)
+    if DTensor not in set(map(type, tensors)):
+        return tensors
     return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
 
 
@@ -87,6 +90,23 @@ def exchange_(left: Collection[Tensor], right: Collection[Tensor]) -> None:
 
 
 @torch.no_grad()
+def seem_finite(tensors: Collection[Tensor]) -> bool:
+    """Whether all values are finite, as fast as memory can be read; waits for the device once.
+
+    If not, `not_finite` has the last word: where a value is not finite no sum is, but a sum may overflow as well.
+    """
+    listed = local(tensors)
+    if not all(tensor.is_cpu for tensor in listed):
+        return not not_finite(listed)  # one kernel over all of them; a sum is one for each
+    sums = [_sum(tensor) for tensor in listed if tensor.numel()]
+    return not sums or bool(torch.stack(sums).isfinite().all())
+
+
+def _sum(tensor: Tensor) -> Tensor:
+    return tensor.sum(dtype=torch.float32 if tensor.dtype in (torch.float16, torch.bfloat16) else None)
+
+
+@torch.no_grad()
 def not_finite(tensors: Collection[Tensor]) -> list[int]:
     """Which of the tensors have a value that is infinite or no number; waits for the device once."""
     listed = local(tensors)
@@ -111,6 +131,11 @@ def distance(left: Collection[Tensor], right: Collection[Tensor]) -> Tensor:
 def _norm(tensor: Tensor) -> Tensor:
     norm: Tensor = torch.linalg.vector_norm(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32))
     return norm
+
+
+def equal(left: Tensor, right: Tensor) -> bool:
+    """Whether all values are equal; of shards, on this rank. Waits for the device."""
+    return torch.equal(*local([left, right]))
 
 
 def checksum(tensor: Tensor) -> int:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import operator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from lightning_lookahead._offload import Offload
-from lightning_lookahead._tensors import copies, copy_, exchange_, place
+from lightning_lookahead._pairs import Pairs, side_by_side
+from lightning_lookahead._tensors import copy_, equal, exchange_, place
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -56,6 +57,7 @@ class Tracked:
         self._offload = Offload()
         self.holds: Weights = "fast"
         self.stepped: list[Tensor] = []
+        self._pairs: dict[Tensor, Pairs] = {}  # by the first fast tensor of each
         self._aside: dict[Tensor, Tensor] = {}  # fast weights of those that are apart, while they hold the slow ones
         self._optimizer = optimizer
         self._exclude = set(exclude)
@@ -79,6 +81,7 @@ class Tracked:
         new = [parameter for parameter in trained if parameter not in self.kept]
         known = {**self.kept, **dict(zip(new, self._second(new), strict=True))}
         self._kept = {parameter: known[parameter] for parameter in trained}
+        self._pairs = {}
         self.stepped = [parameter for parameter in self._listed if places[place(parameter)] in self.kept]
         self._idle = [parameter for parameter in single if parameter not in self.kept]
 
@@ -98,7 +101,8 @@ class Tracked:
 
     def follow(self) -> None:
         """Move what is kept to where its parameter is now, unless it has a place of its own."""
-        if self._device is None:
+        if self._device is None and any(kept.device != parameter.device for parameter, kept in self.kept.items()):
+            self._pairs = {}
             self._kept = {parameter: kept.to(parameter.device) for parameter, kept in self.kept.items()}
             self._aside = {parameter: fast.to(parameter.device) for parameter, fast in self._aside.items()}
 
@@ -113,15 +117,29 @@ class Tracked:
         """Say that a sync comes after the next step: what is on the CPU can set out for the GPU."""
         self._offload.fetch(self._remote(self._kept))
 
-    def beside(self, pairs: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
-        """Theta -> phi, on theta's device, for a sync."""
-        return {**pairs, **self._offload.take(self._remote(pairs))}
+    def pairs(self, trained: dict[Tensor, Tensor]) -> Pairs:
+        """Some of `kept`, arranged for syncs; arranged anew only if they are others or elsewhere than last time."""
+        first = next(iter(trained), None)
+        if first is None:
+            return Pairs([], [])
+        known = self._pairs.get(first)
+        if known is None or not known.matches(trained):
+            known = self._pairs[first] = Pairs(trained, trained.values())
+        return known
 
-    def put_away(self, pairs: dict[Tensor, Tensor], beside: dict[Tensor, Tensor]) -> None:
-        """Keep the values of ``beside`` where they are kept."""
-        self._offload.store(self._remote(pairs), beside)
+    def sync(self, trained: dict[Tensor, Tensor], pairs: Pairs, alpha: float) -> None:
+        """Do the outer step on some of `kept`, and on these as they are arranged."""
+        remote = self._remote(trained)
+        if not remote:
+            pairs.sync(alpha)
+            return
+        beside = {**trained, **self._offload.take(remote)}
+        Pairs(beside, beside.values()).sync(alpha)
+        self._offload.store(remote, beside)
 
     def _remote(self, pairs: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
+        if self._device is None:
+            return {}
         return {theta: phi for theta, phi in pairs.items() if theta.is_cuda and not phi.is_cuda}
 
     # -- either set
@@ -134,8 +152,13 @@ class Tracked:
         return {parameter: parameter if parameter in held else kept for parameter, kept in self.kept.items()}
 
     @torch.inference_mode(mode=False)  # in which Lightning validates; what is kept outlives it
-    def put(self, weights: Weights) -> None:
-        """Let the parameters hold ``weights``; all of them do, or none if there is no memory for it."""
+    def put(self, weights: Weights, *, synced: bool = False) -> None:
+        """Let the parameters hold ``weights``; all of them do, or none if there is no memory for it.
+
+        Args:
+            weights: The set that they hold then.
+            synced: Both sets may well be equal: look, and leave those alone that are.
+        """
         if weights == self.holds:
             return
         if weights == "slow":
@@ -144,7 +167,10 @@ class Tracked:
             sources = [self.kept[parameter] for parameter in apart]
         else:  # which were apart then: since, the module may have been moved to where what is kept is
             apart, aside, sources = list(self._aside), {}, list(self._aside.values())
-        together = {parameter: kept for parameter, kept in self.kept.items() if parameter not in set(apart)}
+        listed = set(apart)
+        together = {parameter: kept for parameter, kept in self.kept.items() if parameter not in listed}
+        if synced:
+            together = {parameter: kept for parameter, kept in together.items() if not equal(parameter, kept)}
         exchange_(together, together.values())
         copy_(apart, sources)
         self._aside = aside
@@ -162,7 +188,7 @@ class Tracked:
 
     @torch.inference_mode(mode=False)
     def _second(self, parameters: list[Tensor]) -> list[Tensor]:
-        seconds = [second.to(self._device, self._dtype_of(second)) for second in copies(parameters)]
+        seconds = [second.to(self._device, self._dtype_of(second)) for second in side_by_side(parameters)]
         remote = self._device is not None and self._device.type == "cpu"
         return [
             second.pin_memory() if remote and parameter.is_cuda else second
@@ -173,3 +199,6 @@ class Tracked:
         if not tensor.is_floating_point():
             return tensor.dtype
         return self._dtype or torch.promote_types(tensor.dtype, torch.float32)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_pairs": {}}

@@ -292,6 +292,8 @@ class LookaheadCallback(SavingCallback):
         monitor = self.monitor if slow is self.slow_weights[0] else None
         if monitor is not None:
             monitor.after_step(trainer, slow)
+        if not slow.due:
+            return
         together = self.slow_weights if self.sync_optimizers == "together" else [slow]
         if all(other.due for other in together):
             for other in together:

@@ -22,7 +22,7 @@ from lightning_lookahead._finite import all_finite
 from lightning_lookahead._inner_steps import is_rehearsal
 from lightning_lookahead._numbers import check_choice
 from lightning_lookahead._sharding import is_sharded
-from lightning_lookahead._tensors import copy_, distance, interpolate_, not_finite
+from lightning_lookahead._tensors import copy_, distance, not_finite
 from lightning_lookahead._tracked import Tracked, parameters_of
 from lightning_lookahead.adaptive import AdaptiveAlpha, TrainingLoss
 from lightning_lookahead.momentum import Mode, Momentum, state_names
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from lightning_lookahead._carried import Weights
+    from lightning_lookahead._pairs import Pairs
 
 
 Nonfinite = Literal["raise", "skip", "restore"]
@@ -305,34 +306,33 @@ class SlowWeights(BothWeights):
         self._cycles.update(max(self.steps, self._start_step))
         ended = self._ended() or list(self._cycles)
         own = {cycle: self._cycles.of(cycle, self._tracked.kept) for cycle in ended}
+        moving = {cycle: _trained(kept) for cycle, kept in own.items()}
+        pairs = {cycle: self._tracked.pairs(trained) for cycle, trained in moving.items()}
         finite = {
-            cycle: all_finite([p for p in kept if p.requires_grad], self._nonfinite, self._name, sharded=self.sharded)
-            for cycle, kept in own.items()
+            cycle: all_finite(paired, self._nonfinite, self._name, sharded=self.sharded)
+            for cycle, paired in pairs.items()
         }
         if self._measure_distance:
             self.last_distance = distance(self._tracked.kept, self._tracked.kept.values())
         for cycle, kept in own.items():
-            trained = {fast: slow for fast, slow in kept.items() if fast.requires_grad}
+            trained = moving[cycle]
             if finite[cycle]:
-                self._move(cycle, trained)
+                self._move(cycle, trained, pairs[cycle])
             elif self._nonfinite == "restore":
                 copy_(trained, trained.values())
                 self._momentum.forget(trained)  # what made the weights infinite is in there, too
                 if self.buffers is not None:
                     copy_(self.buffers.live, self.buffers.kept)
-            frozen = [parameter for parameter in kept if not parameter.requires_grad]
+            frozen = [] if trained is kept else [parameter for parameter in kept if not parameter.requires_grad]
             copy_([kept[parameter] for parameter in frozen], frozen)
             cycle.begins = max(self.steps, self._start_step)
 
-    def _move(self, cycle: Cycle, trained: dict[Tensor, Tensor]) -> None:
+    def _move(self, cycle: Cycle, trained: dict[Tensor, Tensor], pairs: Pairs) -> None:
         if not trained:  # all frozen
             cycle.syncs += 1
             return
         alpha = self._step_size(cycle, trained)
-        beside = self._tracked.beside(trained)
-        interpolate_(list(beside.values()), list(beside), alpha)
-        copy_(beside, beside.values())
-        self._tracked.put_away(trained, beside)
+        self._tracked.sync(trained, pairs, alpha)
         self._momentum.after_sync(trained, alpha)
         if self.buffers is not None and cycle is next(iter(self._cycles)) and not not_finite(self.buffers.live):
             self.buffers.sync(alpha)
@@ -407,6 +407,13 @@ def _check_parameters(optimizer: Optimizer, module: nn.Module | None) -> bool:
         message = "optimizer has sharded parameters: give the module that they belong to, too, as module=."
         raise ValueError(message)
     return sharded
+
+
+def _trained(kept: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
+    """Those that are not frozen now."""
+    if all([parameter.requires_grad for parameter in kept]):  # noqa: C419 (twice as fast as one by one)
+        return kept
+    return {parameter: slow for parameter, slow in kept.items() if parameter.requires_grad}
 
 
 def _state_hooks_of(optimizer: Optimizer) -> list[Any]:

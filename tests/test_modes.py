@@ -738,7 +738,7 @@ def test_the_check_for_values_that_are_not_finite_is_made_once_in_a_sync_and_nev
         number = 0
 
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            self.number += "_foreach_norm" in func.__name__
+            self.number += func is torch.ops.aten.stack.default  # of a sum for each tensor, to be read at once
             return func(*args, **(kwargs or {}))
 
     problem = Problem()

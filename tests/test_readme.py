@@ -123,7 +123,8 @@ def test_the_table_of_the_papers_programs_names_each_of_them():
     named = re.findall(r"^\| `(\w+\.py)` \|", README.split("## The paper")[1].split("\n## ")[0], re.MULTILINE)
     assert sorted(named) == sorted({path.name for path in (ROOT / "examples/paper").glob("*.py")} - {"results.py"})
     inside = README.split("## Inside")[1]
-    assert all(path.name in inside for path in (ROOT / "examples/paper/lab").glob("*.py") if path.stem != "__init__")
+    shown = [*(ROOT / "examples/paper/lab").glob("*.py"), *(ROOT / "examples/benchmarks").glob("*.py")]
+    assert all(path.name in inside for path in shown if path.stem != "__init__")
 
 
 def test_public_names_are_those_that_exist():

@@ -5,6 +5,7 @@ import io
 import pickle
 import subprocess
 import sys
+from itertools import pairwise
 
 import pytest
 import torch
@@ -268,10 +269,15 @@ def test_buffers_are_left_alone():
 def test_one_copy_of_the_trained_parameters_and_storage_of_its_own():
     problem = Problem()
     slow = SlowWeights(problem.optimizer)
-    phi, theta = slow.values("slow").values(), problem.parameters
-    assert sum(tensor.untyped_storage().nbytes() for tensor in phi) == sum(t.nbytes for t in theta)
-    pointers = {tensor.untyped_storage().data_ptr() for tensor in (*phi, *theta)}
-    assert len(pointers) == 2 * len(theta)
+    theta = problem.parameters
+    kept, trained = (
+        {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+        for tensors in (slow.values("slow").values(), theta)
+    )
+    assert not kept.keys() & trained.keys()
+    assert sum(kept.values()) == sum(t.nbytes for t in theta)
+    ranges = sorted((phi.data_ptr(), phi.data_ptr() + phi.nbytes) for phi in slow.values("slow").values())
+    assert all(end <= begin for (_, end), (begin, _) in pairwise(ranges))  # and none lies over another
 
 
 def test_the_distance_is_that_of_theta_and_phi_just_before_a_sync():

@@ -8,20 +8,18 @@ To publish a run of yours: copy its `.jsonl` from `outputs/paper` into `examples
 
 from __future__ import annotations
 
-import argparse
-import re
 from collections import Counter
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lab.published import arguments, publish
 from lab.study import Study, stop
 
 if TYPE_CHECKING:
     from lab.study import Record
 
 HERE = Path(__file__).parent
-BLOCK = re.compile(r"(<!-- records: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def origin(records: list[Record]) -> str:
@@ -47,28 +45,18 @@ def block(name: str, records: list[Record]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="change nothing; fail if RESULTS.md would change")
-    args = parser.parse_args()
+    args = arguments(__doc__)
 
-    def fill(match: re.Match[str]) -> str:
-        begin, name, end = match.groups()
+    def write(name: str) -> str:
         records = Study(name, HERE / "records").records()
         records.sort(key=lambda record: record["settings"]["seed"])
         if not records:
             stop(f"no records in {HERE / 'records' / name}.jsonl")
         if not args.check:
             import_module(name).draw(records).savefig(HERE / "figures" / f"{name}.png")
-        return f"{begin}{block(name, records)}{end}"
+        return block(name, records)
 
-    results = HERE / "RESULTS.md"
-    text = results.read_text()
-    filled = BLOCK.sub(fill, text)
-    if args.check:
-        if filled != text:
-            stop("RESULTS.md is not what the records give: run examples/paper/results.py")
-        return
-    results.write_text(filled)
+    publish(HERE / "RESULTS.md", write, "examples/paper/results.py", check=args.check)
 
 
 if __name__ == "__main__":

@@ -24,8 +24,9 @@ class Memory(Callback):
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         ((slow,),) = (c.slow_weights for c in trainer.callbacks if isinstance(c, LookaheadCallback))
         fast, phi = slow.values("fast"), slow.values("slow")
+        storages = {local(one).untyped_storage().data_ptr(): local(one).untyped_storage() for one in phi.values()}
+        assert sum(storage.nbytes() for storage in storages.values()) == sum(local(one).nbytes for one in fast)
         for parameter in fast:
-            assert local(phi[parameter]).untyped_storage().nbytes() == local(parameter).nbytes
             assert local(phi[parameter]).data_ptr() != local(parameter).data_ptr() or not local(parameter).numel()
         pointers = [local(parameter).data_ptr() for parameter in fast]
         with slow.use("slow"):

@@ -1,0 +1,190 @@
+"""How much longer does a fit take with the callback than without?
+
+    python examples/benchmarks/training.py
+
+The same fit, validation after every epoch included, without the callback and with it, taking turns. On a CPU
+scikit-learn's digits and the small network of `examples/digits.py`; on a GPU a ResNet-18 on random images of 32x32 that
+are on the GPU already. Logger, progress bar and checkpoints are off: their time would hide the callback's.
+"""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer, seed_everything
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics.classification import MulticlassAccuracy
+
+from bench.program import arguments, run
+from bench.timing import ratios, seconds, summary, text
+from lab.images import load
+from lab.models import resnet18
+from lab.report import Table
+from lab.training import quietly
+from lightning_lookahead import LookaheadCallback
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Callable
+
+    from bench.program import Report
+
+K = 5
+MOST = 1.01
+"""Time of a fit with the callback to that of one without, at most."""
+WITHOUT = "without"
+KINDS = (WITHOUT, "slow", "fast")
+"""Without the callback, and with it: the weights that validation sees."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is trained.
+
+    Attributes:
+        name: For the table.
+        net: Makes the network.
+        train: Training batches.
+        validation: Batches to validate on.
+        epochs: Passes over the training batches.
+    """
+
+    name: str
+    net: Callable[[], nn.Module]
+    train: DataLoader
+    validation: DataLoader
+    epochs: int
+
+
+class Classifier(LightningModule):
+    """A network trained by SGD with momentum; loss and accuracy are logged as most people do it."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+        self.accuracy = MulticlassAccuracy(10, average="micro")
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        x, y = batch
+        loss = nn.functional.cross_entropy(self.net(x), y)
+        self.log("train_loss", loss)
+        return loss
+
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        x, y = batch
+        scores = self.net(x)
+        self.accuracy(scores, y)
+        self.log("accuracy", self.accuracy)
+        self.log("loss", nn.functional.cross_entropy(scores, y))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
+
+
+def digits(*, smoke: bool) -> Task:
+    """A fit of some seconds on a CPU."""
+
+    def net() -> nn.Module:
+        return nn.Sequential(
+            nn.Conv2d(1, 16, 3, padding=1),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Conv2d(16, 32, 3, padding=1),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(32 * 4 * 4, 10),
+        )
+
+    images = load("digits")
+    train, test = (TensorDataset(x.float() / 255, y) for x, y in (images.train, images.test))
+    return Task(
+        "digits, small network",
+        net,
+        DataLoader(train, batch_size=32, shuffle=True),
+        DataLoader(test, batch_size=len(test)),
+        epochs=1 if smoke else 40,
+    )
+
+
+def images32(*, smoke: bool) -> Task:
+    """A fit of some seconds on a GPU."""
+    width, size, count = (8, 16, 4) if smoke else (64, 128, 60)
+    batches = [
+        (torch.randn(size, 3, 32, 32, device="cuda"), torch.randint(10, (size,), device="cuda")) for _ in range(count)
+    ]
+    return Task(
+        f"ResNet-18 of width {width}, 32x32 images, batches of {size}",
+        lambda: resnet18(width),
+        DataLoader(batches, batch_size=None, shuffle=True),
+        DataLoader(batches[: max(1, count // 5)], batch_size=None),
+        epochs=1 if smoke else 4,
+    )
+
+
+def fit(task: Task, kind: str, device: str) -> float:
+    """Seconds of one fit, from ``Trainer.fit`` until it returns."""
+    seed_everything(0, verbose=False)
+    model = Classifier(task.net())
+    trainer = Trainer(
+        max_epochs=task.epochs,
+        callbacks=[] if kind == WITHOUT else [LookaheadCallback(K, eval_weights=kind)],
+        accelerator="gpu" if device == "cuda" else "cpu",
+        devices=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+    )
+    gc.collect()  # what earlier fits left
+    return seconds(lambda: trainer.fit(model, task.train, task.validation))
+
+
+def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """A row for each kind of callback; every round of fits begins with the next kind."""
+    quietly()
+    if args.device == "cpu":
+        torch.set_num_threads(1)  # in a network this small more threads only wait for one another
+    task = (images32 if args.device == "cuda" else digits)(smoke=args.smoke)
+    for kind in KINDS:
+        fit(task, kind, args.device)  # does not count
+    times: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    for turn in range(args.rounds):
+        first = turn % len(KINDS)
+        for kind in KINDS[first:] + KINDS[:first]:
+            times[kind].append(fit(task, kind, args.device))
+    return [
+        {
+            "task": task.name,
+            "steps": task.epochs * len(task.train),
+            "k": K,
+            "eval_weights": kind,
+            "without": summary(times[WITHOUT]),
+            "with": summary(taken),
+            "ratio": summary(ratios(taken, times[WITHOUT])),
+        }
+        for kind, taken in times.items()
+        if kind != WITHOUT
+    ]
+
+
+def tables(report: Report) -> list[Table]:
+    """Time of a fit with the callback to that of one without."""
+    table = Table(
+        f"Time of a fit with the callback (k {report['rows'][0]['k']}) / time of the same fit without; to reach: at"
+        f" most {MOST}",
+        ["task", "steps", "eval_weights", "without, s", "with, s", "with / without"],
+    )
+    for row in report["rows"]:
+        times = [text(row[name]) for name in ("without", "with")]
+        ratio = text(row["ratio"], "{:.3f}")
+        table.rows.append([row["task"], f"{row['steps']:,}", row["eval_weights"], *times, ratio])
+    return [table]
+
+
+if __name__ == "__main__":
+    run(arguments(__doc__, rounds=12).parse_args(), measure, tables)

@@ -1,0 +1,37 @@
+"""Markdown files whose tables a program writes, between ``<!-- records: NAME -->`` and ``<!-- end -->``."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from typing import TYPE_CHECKING
+
+from lab.study import stop
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+BLOCK = re.compile(r"(<!-- records: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def arguments(doc: str) -> argparse.Namespace:
+    """Only ``--check``."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing; fail if RESULTS.md would change")
+    return parser.parse_args()
+
+
+def publish(results: Path, block: Callable[[str], str], program: str, *, check: bool) -> None:
+    """Write each block anew from its name; or, to check, end with an error if that would change the file."""
+
+    def fill(match: re.Match[str]) -> str:
+        begin, name, end = match.groups()
+        return f"{begin}{block(name)}{end}"
+
+    text = results.read_text()
+    filled = BLOCK.sub(fill, text)
+    if not check:
+        results.write_text(filled)
+    elif filled != text:
+        stop(f"RESULTS.md is not what the records give: run {program}")

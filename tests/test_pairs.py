@@ -1,0 +1,182 @@
+import copy
+from collections import Counter
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lightning_lookahead import SlowWeights, _pairs
+
+DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.complex64]
+shapes = st.lists(st.integers(0, 7), max_size=3).map(tuple)
+
+
+class Ops(TorchDispatchMode):
+    """Counts operations by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.counts[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def lines(tensors):
+    """Where each tensor's bytes begin and end."""
+    return sorted((tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes) for tensor in tensors if tensor.numel())
+
+
+@given(
+    st.lists(st.tuples(shapes, st.sampled_from(DTYPES), st.booleans()), max_size=12),
+    st.floats(0.01, 1.0),
+    st.sampled_from([1, 10, _pairs.SMALL]),
+    st.sampled_from([20, _pairs.JOINED]),
+)
+def test_joined_or_not_a_sync_gives_the_same_bits(kinds, alpha, small, joined):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_pairs, "SMALL", small)
+        patch.setattr(_pairs, "JOINED", joined)
+        start = [torch.randn(shape, dtype=dtype) for shape, dtype, _ in kinds]
+        start = [t.T if turned and t.ndim == 2 else t for t, (_, _, turned) in zip(start, kinds, strict=True)]
+        slow = _pairs.side_by_side(start)
+        fast = [torch.randn_like(tensor) for tensor in start]
+        expected = [torch.lerp(phi, theta, alpha) for phi, theta in zip(start, fast, strict=True)]
+        pairs = _pairs.Pairs(fast, slow)
+        assert pairs.not_finite() == []
+        pairs.sync(alpha)
+    for tensors in (slow, fast):
+        assert all(torch.equal(a, b) for a, b in zip(tensors, expected, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_copies_are_side_by_side_and_share_nothing_with_their_sources_or_each_other(dtype):
+    sources = [torch.randn(shape, dtype=dtype) for shape in ((3,), (), (2, 2), (_pairs.SMALL + 1,), (0,), (5, 1))]
+    made = _pairs.side_by_side(sources)
+    assert all(torch.equal(a, b) and a.stride() == b.stride() for a, b in zip(made, sources, strict=True))
+    assert all(end <= begin for (_, end), (begin, _) in pairwise(lines([*made, *sources])))
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in made}
+    assert sum(storages.values()) == sum(tensor.nbytes for tensor in sources)
+    assert len({tensor.untyped_storage().data_ptr() for tensor in made if 0 < tensor.numel() <= _pairs.SMALL}) == 1
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [1, 3, _pairs.SMALL, _pairs.SMALL + 1])
+def test_one_value_that_is_not_finite_is_found_wherever_it_is(value, dtype, size):
+    fast = [torch.ones(size, dtype=dtype), torch.ones(2, dtype=dtype)]
+    slow = _pairs.side_by_side(fast)
+    for index, tensor in enumerate(fast):
+        before, tensor[-1] = tensor[-1].clone(), value
+        assert _pairs.Pairs(fast, slow).not_finite() == [index]
+        tensor[-1] = before
+    fast[0][-1], fast[1][0] = value, -value
+    assert _pairs.Pairs(fast, slow).not_finite() == [0, 1]
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:4])
+def test_a_sum_that_overflows_is_no_value_that_is_not_finite(dtype):
+    fast = [torch.full((4,), torch.finfo(dtype).max, dtype=dtype), torch.full((9000,), 100.0, dtype=dtype)]
+    assert _pairs.Pairs(fast, _pairs.side_by_side(fast)).not_finite() == []
+
+
+def trained(*sizes):
+    parameters = [nn.Parameter(torch.randn(size)) for size in sizes]
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer = torch.optim.SGD(parameters, lr=0.1)
+    return parameters, optimizer, SlowWeights(optimizer, k=10**6)
+
+
+@pytest.mark.parametrize("count", [1, 50, 400])
+def test_small_tensors_cost_no_operation_each_but_one_copy_together(count):
+    _, optimizer, slow = trained(*(count * [40]))
+    optimizer.step()
+    slow.sync()
+    with Ops() as ops:
+        slow.sync()
+    rows = ops.counts["lerp_"]
+    assert rows == -(-count // (_pairs.JOINED // 40))
+    moving = {name: number for name, number in ops.counts.items() if number >= rows and name in {"cat", "sum"}}
+    assert moving == {"cat": rows, "sum": rows}
+    assert ops.counts["_foreach_copy_"] == rows
+    assert ops.counts.total() <= 4 * rows + 8  # the rest reads the sums
+
+
+def test_large_tensors_are_read_once_to_look_and_moved_by_two_calls():
+    _, optimizer, slow = trained(20_000, 30_000, 40_000)
+    optimizer.step()
+    slow.sync()
+    with Ops() as ops:
+        slow.sync()
+    moving = {name: number for name, number in ops.counts.items() if "lerp" in name or "copy" in name or name == "sum"}
+    assert moving == {"sum": 3, "_foreach_lerp_": 1, "_foreach_copy_": 1}
+    assert not ops.counts.keys() & {"clone", "cat", "_to_copy", "empty_like", "_foreach_norm"}
+
+
+def test_an_ordinary_step_adds_no_operation():
+    plain = trained(40, 20_000)
+    plain[2].close()
+    counted = []
+    for optimizer in (plain[1], trained(40, 20_000)[1]):
+        optimizer.step()
+        with Ops() as ops:
+            optimizer.step()
+        counted.append(ops.counts)
+    assert counted[0] == counted[1]
+
+
+def test_parameters_whose_values_are_put_elsewhere_are_synced_where_they_are():
+    parameters, optimizer, slow = trained(4, 20_000)
+    optimizer.step()
+    slow.sync()
+    for parameter in parameters:
+        parameter.data = torch.full_like(parameter, 3.0)
+    before = [slow.values("slow")[parameter].clone() for parameter in parameters]
+    slow.sync()
+    for parameter, phi in zip(parameters, before, strict=True):
+        assert torch.equal(parameter, torch.lerp(phi, torch.full_like(phi, 3.0), 0.5))
+
+
+def test_a_copy_of_slow_weights_syncs_its_own_parameters():
+    parameters, optimizer, slow = trained(4, 20_000)
+    optimizer.step()
+    slow.sync()
+    before = [parameter.detach().clone() for parameter in parameters]
+    others, copied = copy.deepcopy((parameters, slow))
+    for other in others:
+        other.grad = torch.ones_like(other)
+    copied.optimizer.step()
+    copied.sync()
+    assert all(torch.equal(a, b) for a, b in zip(parameters, before, strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(parameters, others, strict=True))
+
+
+def test_a_swap_right_after_a_sync_moves_nothing():
+    parameters, optimizer, slow = trained(4, 20_000)
+    optimizer.step()
+    slow.sync()
+    versions = [tensor._version for tensor in (*parameters, *slow.values("slow").values())]
+    with Ops() as ops, slow.use("slow"):
+        assert slow.holds == "slow"
+    assert not ops.counts.keys() & {"clone", "copy_", "_foreach_copy_"}
+    assert [tensor._version for tensor in (*parameters, *slow.values("slow").values())] == versions
+
+
+def test_what_was_changed_after_a_sync_is_swapped_all_the_same():
+    parameters, optimizer, slow = trained(4, 5)
+    optimizer.step()
+    slow.sync()
+    phi = [parameter.detach().clone() for parameter in parameters]
+    parameters[0].data.clamp_(0, 0.1)  # which raises no version
+    theta = [parameter.detach().clone() for parameter in parameters]
+    with slow.use("slow"):
+        assert all(torch.equal(a, b) for a, b in zip(parameters, phi, strict=True))
+        parameters[1].data.add_(1)  # slow weights that are changed stay changed
+    assert all(torch.equal(a, b) for a, b in zip(parameters, theta, strict=True))
+    assert torch.equal(slow.values("slow")[parameters[1]], phi[1] + 1)
