@@ -22,6 +22,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from torch import nn
 
+from bench.fits import trainer
 from bench.program import arguments, run
 from lab.images import ImageData, Images, load
 from lab.report import Table, spread
@@ -123,22 +124,16 @@ def train(settings: Budget, images: Images, device: str) -> dict[str, Any]:
     data = ImageData(images, batch_size=settings.batch_size, seed=settings.seed, limit=settings.limit)
     lookahead = around(settings)
     targets = Targets(settings, data, lookahead, device)
-    trainer = Trainer(
+    fitting = trainer(
+        device,
+        [*filter(None, [lookahead]), targets],  # Lookahead comes first: a sync is part of the step that it follows
         max_epochs=-1,
         max_steps=settings.steps,
-        # Lookahead comes first: a sync is part of the step that it follows.
-        callbacks=[*filter(None, [lookahead]), targets],
-        accelerator="gpu" if device == "cuda" else "cpu",
-        devices=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
         limit_val_batches=0,
         reload_dataloaders_every_n_epochs=1,
     )
     with suppress(DivergedError):  # what was reached before counts
-        trainer.fit(Constant(settings, images), data)
+        fitting.fit(Constant(settings, images), data)
     return {**{measure: targets.reached.get(measure) for measure in MEASURES}, "best": targets.best}
 
 

@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
+from bench.fits import trainer
 from bench.parameters import parameters
 from bench.program import arguments, run
 from bench.timing import summary, take_turns, text
@@ -128,17 +129,7 @@ def _allow(*_: object) -> None:
 
 def fit(count: int, steps: int, device: str, *callbacks: Callback) -> None:
     """Train a module of so many tensors for so many steps."""
-    trainer = Trainer(
-        max_epochs=1,
-        callbacks=list(callbacks),
-        accelerator="gpu" if device == "cuda" else "cpu",
-        devices=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    trainer.fit(Tensors(count), DataLoader(range(steps), batch_size=None))
+    trainer(device, callbacks, max_epochs=1).fit(Tensors(count), DataLoader(range(steps), batch_size=None))
 
 
 def step_time(count: int, kind: str, args: argparse.Namespace) -> float:

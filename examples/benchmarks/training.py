@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer, seed_everything
+from lightning.pytorch import LightningModule, seed_everything
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
+from bench.fits import trainer
 from bench.program import arguments, run
 from bench.timing import ratios, seconds, summary, text
 from lab.images import load
@@ -129,19 +130,10 @@ def fit(task: Task, kind: str, device: str) -> float:
     """Seconds of one fit, from ``Trainer.fit`` until it returns."""
     seed_everything(0, verbose=False)
     model = Classifier(task.net())
-    trainer = Trainer(
-        max_epochs=task.epochs,
-        callbacks=[] if kind == WITHOUT else [LookaheadCallback(K, eval_weights=kind)],
-        accelerator="gpu" if device == "cuda" else "cpu",
-        devices=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-    )
+    callbacks = [] if kind == WITHOUT else [LookaheadCallback(K, eval_weights=kind)]
+    fitting = trainer(device, callbacks, max_epochs=task.epochs, num_sanity_val_steps=0)
     gc.collect()  # what earlier fits left
-    return seconds(lambda: trainer.fit(model, task.train, task.validation))
+    return seconds(lambda: fitting.fit(model, task.train, task.validation))
 
 
 def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
