@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+import itertools
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -20,20 +22,35 @@ SMALL = 2**13
 JOINED = 2**14
 """Values: of many more torch makes work for several threads, which then wait for each other."""
 
+BLOCK = 2**17
+"""Values: as many fast and as many slow ones stay in a processor's cache from the first of two calls to the second."""
 
-class Row(NamedTuple):
+
+@dataclass
+class Row:
     """Small fast weights, their slow ones, and the slow ones seen as one tensor."""
 
     fast: list[Tensor]
     slow: list[Tensor]
     slow_joined: Tensor
 
+    def takes(self, theta: Tensor, phi: Tensor) -> bool:
+        """Take in one more pair, if its slow weights lie right behind the others."""
+        joined = self.slow_joined
+        if not _continues(joined, phi) or joined.numel() + phi.numel() > JOINED:
+            return False
+        self.slow_joined = joined.as_strided((joined.numel() + phi.numel(),), (1,)).view(-1, *phi.shape[1:])
+        self.fast.append(theta)
+        self.slow.append(phi)
+        return True
+
 
 class Pairs:
     """The arithmetic of a sync over pairs of tensors.
 
-    It is two calls over all of them, but for small tensors on the CPU, where calls take longer than values: those whose
-    slow weights lie `side_by_side` are joined. The values are the same bit for bit.
+    It is two calls over all of them, but on the CPU, where calls take longer than the values of small tensors, and
+    memory is slower than its cache: the small ones whose slow weights lie `side_by_side` are joined, and with one
+    thread the others are cut into blocks. The values are the same bit for bit.
 
     Args:
         fast: The fast weights.
@@ -47,22 +64,17 @@ class Pairs:
         self._joined: list[Tensor] = []  # the fast weights of each row, from `not_finite` to `sync`
         self._alike: tuple[list[Tensor], list[Tensor]] = ([], [])  # fast and slow
         self._apart: tuple[list[Tensor], list[Tensor]] = ([], [])  # of different dtypes or on different devices
+        latest: dict[object, Row] = {}
         for theta, phi in zip(local(self.fast), local(slow), strict=True):
-            if _is_small(theta) and _is_small(phi) and theta.dtype == phi.dtype:
-                self._join(theta.detach().view(-1), phi.view(-1))
-                continue
             alike = theta.dtype == phi.dtype and theta.device == phi.device
+            if alike and _is_small(theta) and _is_small(phi):
+                row = latest.get(_kind(phi))
+                if row is None or not row.takes(theta, phi):
+                    row = latest[_kind(phi)] = Row([theta], [phi], phi)
+                    self._rows.append(row)
+                continue
             for tensors, tensor in zip(self._alike if alike else self._apart, (theta, phi), strict=True):
                 tensors.append(tensor)
-
-    def _join(self, theta: Tensor, phi: Tensor) -> None:
-        last = self._rows[-1].slow_joined if self._rows else None
-        if last is not None and _continues(last, phi) and last.numel() + phi.numel() <= JOINED:
-            fast, slow, _ = self._rows[-1]
-            joined = last.as_strided((last.numel() + phi.numel(),), (1,))
-            self._rows[-1] = Row([*fast, theta], [*slow, phi], joined)
-        else:
-            self._rows.append(Row([theta], [phi], phi))
 
     def matches(self, fast: Iterable[Tensor]) -> bool:
         """Whether these are the same tensors, and where they were."""
@@ -75,10 +87,19 @@ class Pairs:
             row.slow_joined.lerp_(joined, alpha)
             torch._foreach_copy_(row.fast, row.slow)
         self._joined = []
-        for (fast, slow), move in ((self._alike, torch._foreach_lerp_), (self._apart, interpolate_)):
-            if fast:
-                move(slow, fast, alpha)
-                torch._foreach_copy_(fast, slow)
+        fast, slow = self._alike
+        if torch.get_num_threads() == 1 and all(tensor.is_cpu for tensor in fast):
+            # Several threads would wait for each other at every block, and on a busy machine that takes long.
+            for theta, phi in itertools.chain.from_iterable(map(_blocks, fast, slow)):
+                phi.lerp_(theta, alpha)
+                theta.copy_(phi)
+        elif fast:
+            torch._foreach_lerp_(slow, fast, alpha)
+            torch._foreach_copy_(fast, slow)
+        fast, slow = self._apart
+        if fast:
+            interpolate_(slow, fast, alpha)
+            torch._foreach_copy_(fast, slow)
 
     @torch.no_grad()
     def not_finite(self) -> list[int]:
@@ -96,24 +117,23 @@ class Pairs:
 @torch.inference_mode(mode=False)
 @torch.no_grad()
 def side_by_side(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Copies of tensors: small ones on the CPU in one storage for each dtype, the others each in its own."""
-    small: dict[torch.dtype, list[Tensor]] = {}
+    """Copies of tensors: small ones on the CPU that can be joined in one storage, the others each in its own."""
+    small: dict[object, list[Tensor]] = {}
     for tensor in tensors:
         if _is_small(tensor):
-            small.setdefault(tensor.dtype, []).append(tensor)
-    pieces = {
-        dtype: iter(torch.split(torch.cat([one.detach().view(-1) for one in alike]), [one.numel() for one in alike]))
-        for dtype, alike in small.items()
-    }
-    return [
-        next(pieces[tensor.dtype]).view(tensor.shape) if _is_small(tensor) else copies([tensor])[0]
-        for tensor in tensors
-    ]
+            small.setdefault(_kind(tensor), []).append(tensor)
+    pieces = {kind: iter(torch.split(torch.cat(alike), [len(one) for one in alike])) for kind, alike in small.items()}
+    return [next(pieces[_kind(tensor)]) if _is_small(tensor) else copies([tensor])[0] for tensor in tensors]
 
 
 def _is_small(tensor: Tensor) -> bool:
-    plain = not isinstance(tensor, DTensor)
+    plain = not isinstance(tensor, DTensor) and tensor.ndim > 0
     return plain and 0 < tensor.numel() <= SMALL and tensor.is_cpu and tensor.is_contiguous()
+
+
+def _kind(tensor: Tensor) -> object:
+    """Equal for tensors that `torch.cat` joins into what their values in a row are."""
+    return tensor.dtype, tensor.shape[1:]
 
 
 def _continues(first: Tensor, second: Tensor) -> bool:
@@ -124,5 +144,12 @@ def _continues(first: Tensor, second: Tensor) -> bool:
     )
 
 
+def _blocks(left: Tensor, right: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
+    """Both tensors in pieces that belong together."""
+    if left.is_contiguous() and right.is_contiguous():
+        return zip(torch.split(left.view(-1), BLOCK), torch.split(right.view(-1), BLOCK), strict=True)
+    return [(left, right)]
+
+
 def _pointers(tensors: Iterable[Tensor]) -> list[int]:
-    return [tensor.data_ptr() for tensor in local(tensors)]
+    return list(map(torch.Tensor.data_ptr, local(tensors)))

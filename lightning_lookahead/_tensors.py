@@ -7,6 +7,7 @@ Those that move values take lists of equal length whose tensors match pairwise i
 
 from __future__ import annotations
 
+import cmath
 import zlib
 from typing import TYPE_CHECKING
 
@@ -98,8 +99,7 @@ def seem_finite(tensors: Collection[Tensor]) -> bool:
     listed = local(tensors)
     if not all(tensor.is_cpu for tensor in listed):
         return not not_finite(listed)  # one kernel over all of them; a sum is one for each
-    sums = [_sum(tensor) for tensor in listed if tensor.numel()]
-    return not sums or bool(torch.stack(sums).isfinite().all())
+    return all(cmath.isfinite(_sum(tensor).item()) for tensor in listed)
 
 
 def _sum(tensor: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 import copy
 from collections import Counter
+from contextlib import contextmanager
 from itertools import pairwise
 
 import pytest
@@ -27,6 +28,16 @@ class Ops(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@contextmanager
+def using(threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def lines(tensors):
     """Where each tensor's bytes begin and end."""
     return sorted((tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes) for tensor in tensors if tensor.numel())
@@ -35,13 +46,19 @@ def lines(tensors):
 @given(
     st.lists(st.tuples(shapes, st.sampled_from(DTYPES), st.booleans()), max_size=12),
     st.floats(0.01, 1.0),
-    st.sampled_from([1, 10, _pairs.SMALL]),
-    st.sampled_from([20, _pairs.JOINED]),
+    st.fixed_dictionaries(
+        {
+            "SMALL": st.sampled_from([1, 10, _pairs.SMALL]),
+            "JOINED": st.sampled_from([20, _pairs.JOINED]),
+            "BLOCK": st.sampled_from([2, _pairs.BLOCK]),
+        }
+    ),
+    st.sampled_from([1, 2]),
 )
-def test_joined_or_not_a_sync_gives_the_same_bits(kinds, alpha, small, joined):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_pairs, "SMALL", small)
-        patch.setattr(_pairs, "JOINED", joined)
+def test_joined_or_cut_a_sync_gives_the_same_bits(kinds, alpha, sizes, threads):
+    with pytest.MonkeyPatch.context() as patch, using(threads):
+        for name, size in sizes.items():
+            patch.setattr(_pairs, name, size)
         start = [torch.randn(shape, dtype=dtype) for shape, dtype, _ in kinds]
         start = [t.T if turned and t.ndim == 2 else t for t, (_, _, turned) in zip(start, kinds, strict=True)]
         slow = _pairs.side_by_side(start)
@@ -56,13 +73,15 @@ def test_joined_or_not_a_sync_gives_the_same_bits(kinds, alpha, small, joined):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_copies_are_side_by_side_and_share_nothing_with_their_sources_or_each_other(dtype):
-    sources = [torch.randn(shape, dtype=dtype) for shape in ((3,), (), (2, 2), (_pairs.SMALL + 1,), (0,), (5, 1))]
+    joined = [(3,), (7,)], [(2, 2), (1, 2), (3, 2)], [(5, 1)]
+    apart = [(), (_pairs.SMALL + 1,), (0,)]
+    sources = [torch.randn(shape, dtype=dtype) for shapes in (*joined, apart) for shape in shapes]
     made = _pairs.side_by_side(sources)
     assert all(torch.equal(a, b) and a.stride() == b.stride() for a, b in zip(made, sources, strict=True))
     assert all(end <= begin for (_, end), (begin, _) in pairwise(lines([*made, *sources])))
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in made}
     assert sum(storages.values()) == sum(tensor.nbytes for tensor in sources)
-    assert len({tensor.untyped_storage().data_ptr() for tensor in made if 0 < tensor.numel() <= _pairs.SMALL}) == 1
+    assert len(storages) == len(joined) + len(apart)
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
@@ -93,9 +112,10 @@ def trained(*sizes):
     return parameters, optimizer, SlowWeights(optimizer, k=10**6)
 
 
+@pytest.mark.parametrize("shape", [(40,), (5, 8)])
 @pytest.mark.parametrize("count", [1, 50, 400])
-def test_small_tensors_cost_no_operation_each_but_one_copy_together(count):
-    _, optimizer, slow = trained(*(count * [40]))
+def test_small_tensors_cost_no_operation_each_but_one_copy_together(count, shape):
+    _, optimizer, slow = trained(*(count * [shape]))
     optimizer.step()
     slow.sync()
     with Ops() as ops:
@@ -106,14 +126,18 @@ def test_small_tensors_cost_no_operation_each_but_one_copy_together(count):
     assert ops.counts.total() <= 4 * rows + 8  # the rest reads the sums
 
 
-def test_large_tensors_are_read_once_to_look_and_moved_by_two_calls():
-    _, optimizer, slow = trained(20_000, 30_000, 40_000)
+@pytest.mark.parametrize(
+    ("threads", "moves"),
+    [(1, {"lerp_": 1 + 2 + 3, "copy_": 1 + 2 + 3}), (2, {"_foreach_lerp_": 1, "_foreach_copy_": 1})],
+)
+def test_large_tensors_are_read_once_to_look_and_moved_by_two_calls_or_two_for_each_block(threads, moves):
+    _, optimizer, slow = trained(_pairs.BLOCK, 2 * _pairs.BLOCK, 2 * _pairs.BLOCK + 1)
     optimizer.step()
     slow.sync()
-    with Ops() as ops:
+    with Ops() as ops, using(threads):
         slow.sync()
     moving = {name: number for name, number in ops.counts.items() if "lerp" in name or "copy" in name or name == "sum"}
-    assert moving == {"sum": 3, "_foreach_lerp_": 1, "_foreach_copy_": 1}
+    assert moving == {"sum": 3, **moves}
     assert not ops.counts.keys() & {"clone", "cat", "_to_copy", "empty_like", "_foreach_norm"}
 
 
@@ -139,6 +163,23 @@ def test_parameters_whose_values_are_put_elsewhere_are_synced_where_they_are():
     slow.sync()
     for parameter, phi in zip(parameters, before, strict=True):
         assert torch.equal(parameter, torch.lerp(phi, torch.full_like(phi, 3.0), 0.5))
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_parameters_that_are_turned_in_place_are_synced_as_they_are_seen(threads):
+    parameters, optimizer, slow = trained((3, 3), (200, 200))
+    optimizer.step()
+    slow.sync()
+    optimizer.step()
+    expected = []
+    for parameter in parameters:
+        parameter.data = parameter.data.T  # where it was
+        expected.append(torch.lerp(slow.values("slow")[parameter], parameter.detach(), 0.5))
+    with using(threads):
+        slow.sync()
+    for parameter, phi in zip(parameters, expected, strict=True):
+        assert torch.equal(parameter, phi)
+        assert torch.equal(slow.values("slow")[parameter], phi)
 
 
 def test_a_copy_of_slow_weights_syncs_its_own_parameters():
