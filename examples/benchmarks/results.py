@@ -3,7 +3,8 @@
     python examples/benchmarks/results.py             # from examples/benchmarks/records
     python examples/benchmarks/results.py --check     # only say whether RESULTS.md holds what the records give
 
-To publish what you measured, write it to `examples/benchmarks/records/NAME.json` (`--json`), and run this.
+To publish what you measured, write it to `examples/benchmarks/records/NAME.json` (`--json`), and run this. NAME is the
+program's, or, for a second record of one, any that stands in RESULTS.md as `<!-- records: NAME -->`.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ HERE = Path(__file__).parent
 
 
 def block(name: str) -> str:
-    """The tables of one program, and how they were made."""
+    """The tables of one record, and how they were made."""
     report = json.loads((HERE / "records" / f"{name}.json").read_text())
-    tables = [table.markdown() for table in import_module(name).tables(report)]
+    tables = [table.markdown() for table in import_module(report["program"]).tables(report)]
     return "\n" + "\n\n".join([f"    {report['command']}", *tables, origin(report), ""]) + "\n"
 
 
