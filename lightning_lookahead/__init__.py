@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from lightning_lookahead._records import InnerLoop, Record, inner_loops
     from lightning_lookahead.adaptive import AdaptiveAlpha
     from lightning_lookahead.callback import LookaheadCallback
-    from lightning_lookahead.checkpointing import load_weights
+    from lightning_lookahead.checkpointing import load_weights, newest_checkpoint
     from lightning_lookahead.cli import LookaheadCLI
     from lightning_lookahead.comparison import Comparison, compare_weights
     from lightning_lookahead.monitor import InnerOuterMonitor
@@ -36,6 +36,7 @@ __all__ = [
     "compare_weights",
     "inner_loops",
     "load_weights",
+    "newest_checkpoint",
     "plot_inner_outer",
 ]
 
@@ -54,6 +55,7 @@ _MODULES = {
     "compare_weights": "comparison",
     "inner_loops": "_records",
     "load_weights": "checkpointing",
+    "newest_checkpoint": "checkpointing",
     "plot_inner_outer": "plotting",
 }
 

@@ -57,6 +57,12 @@ class Recalibration:
         check_statistics(module, "recalibrate_batch_norm")
         given = not isinstance(which, int)
         loaders = Given(which) if given else for_training(trainer)
+        if which is True and trainer.num_training_batches == float("inf") and loaders.endless:
+            message = (
+                "recalibrate_batch_norm=True would gather statistics from all training batches, and they never end: say"
+                " from how many, recalibrate_batch_norm=100."
+            )
+            raise ValueError(message)
         limits = [] if given else [trainer.num_training_batches, *([] if which is True else [which])]
         with (
             undisturbed(module, loaders.parts),

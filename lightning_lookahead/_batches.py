@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import DataLoader
 
-from lightning_lookahead._lightning import CombinedLoader, datamodule_of
+from lightning_lookahead._lightning import CombinedLoader, datamodule_of, sized_len
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -30,6 +30,11 @@ class Loaders:
     def __init__(self, iterables: Any, mode: Any = "sequential", limits: list[float] | None = None) -> None:
         self.parts: list[Any] = tree_leaves(iterables)
         self._iterables, self._mode, self._limits = iterables, mode, limits
+
+    @property
+    def endless(self) -> bool:
+        """Whether a loader does not say how many batches it has: there may be no end of them."""
+        return any(sized_len(part) is None for part in self.parts)
 
     def __iter__(self) -> Iterator[tuple[Any, int]]:
         """Each batch and the index of its loader."""

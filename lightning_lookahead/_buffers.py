@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lightning_lookahead._names import bare, unwrapped
 from lightning_lookahead._tensors import copies, copy_, exchange_, interpolate_
 
 if TYPE_CHECKING:
@@ -14,7 +15,8 @@ if TYPE_CHECKING:
 
 def statistics_of(module: nn.Module) -> list[Tensor]:
     """All buffers of the module's BatchNorm layers."""
-    return [buffer for part in module.modules() if isinstance(part, _BatchNorm) for buffer in part.buffers()]
+    norms = [part for part in module.modules() if isinstance(part, _BatchNorm)]
+    return [buffer for part in norms for buffer in part.buffers(recurse=False)]
 
 
 def check_statistics(module: nn.Module | None, argument: str) -> None:
@@ -39,6 +41,12 @@ class SlowBuffers:
     def live(self) -> list[Tensor]:
         """The module's own."""
         return [buffer for buffer in statistics_of(self._module) if buffer.is_floating_point()]
+
+    @property
+    def names(self) -> list[str]:
+        """Their names in the module's ``state_dict``."""
+        live = set(self.live)
+        return [bare(name) for name, buffer in unwrapped(self._module).named_buffers() if buffer in live]
 
     @property
     def kept(self) -> list[Tensor]:

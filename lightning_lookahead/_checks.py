@@ -10,15 +10,13 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from lightning_lookahead._numbers import check_choice
+from lightning_lookahead._saved_format import TENSORS, VERSION
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 NONFINITE = ("raise", "skip", "restore")
 """What a sync may do with a value that is not finite."""
-
-VERSION = 1
-"""Version of what a checkpoint holds of ours, raised when an older reader would get it wrong."""
 
 
 def check_dtype(dtype: str | None) -> torch.dtype | None:
@@ -93,24 +91,53 @@ def check_materialized(parameters: list[Tensor]) -> None:
         raise ValueError(message)
 
 
-def check_counters(counters: object) -> None:
-    """Raise unless the saved counters of inner steps and syncs are natural numbers that fit together."""
-    if not isinstance(counters, dict):
-        message = f"The saved counters are {counters!r}; they must be a dict of steps, steps_since_sync and syncs."
+def check_state(state: object) -> None:
+    """Raise unless this is the state of one outer loop: counts that fit together, and tensors where there may be some."""
+    if not isinstance(state, dict):
+        message = f"The saved Lookahead state is {state!r}; it must be a dict of steps, steps_since_sync and syncs."
         raise ValueError(message)  # noqa: TRY004 (it comes from a file)
     for name in ("steps", "steps_since_sync", "syncs"):
-        value = counters.get(name)
+        value = state.get(name)
         if isinstance(value, bool) or not isinstance(value, int) or value < 0:
             message = f"state_dict[{name!r}] is {value!r}; it must be an integer of at least 0."
             raise ValueError(message)
-    groups = counters.get("groups", [])
-    if not isinstance(groups, list) or not all(_is_group(group, counters["steps"]) for group in groups):
+    groups = state.get("groups", [])
+    if not isinstance(groups, list) or not all(_is_group(group, state["steps"]) for group in groups):
         message = f"state_dict['groups'] is {groups!r}; it must be a list of dicts of steps_since_sync and syncs."
         raise ValueError(message)
-    since, total = counters["steps_since_sync"], counters["steps"]
+    since, total = state["steps_since_sync"], state["steps"]
     if since > total:
         message = f"state_dict has steps_since_sync={since} and steps={total}; it cannot be more."
         raise ValueError(message)
+    check_weights(state.get("saved_with", "slow"), "state_dict['saved_with']")
+    check_dtype(state.get("slow_dtype"))
+    for part in TENSORS:
+        entries = state.get(part, {})
+        if not isinstance(entries, dict) or not all(_are_tensors(values) for values in entries.values()):
+            message = f"state_dict[{part!r}] is damaged: it must be a dict of dicts of tensors."
+            raise ValueError(message)
+    sums = state.get("checksums", {})
+    if not isinstance(sums, dict) or not all(type(value) is int for value in sums.values()):
+        message = "state_dict['checksums'] is damaged: it must be a dict of integers."
+        raise ValueError(message)
+
+
+def _are_tensors(values: object) -> bool:
+    return isinstance(values, dict) and all(
+        hasattr(value, "shape") or hasattr(value, "local_shards") for value in values.values()
+    )
+
+
+def check_entries(entry: str, values: dict[str, Tensor], parameters: dict[str, Tensor]) -> None:
+    """Raise unless the values that were saved have the shapes of the parameters of their names."""
+    for name, value in values.items():
+        if name in parameters and tuple(value.shape) != tuple(parameters[name].shape):
+            message = (
+                f"The checkpoint has {entry} weights of shape {tuple(value.shape)} for parameter {name!r} of shape"
+                f" {tuple(parameters[name].shape)}: it is of another model. Load it into the model that it was saved"
+                " from, or start a new run from its weights alone."
+            )
+            raise ValueError(message)
 
 
 def _is_group(group: object, total: int) -> bool:
@@ -133,7 +160,7 @@ def check_saved(state: object, where: object = "The checkpoint") -> None:
         message = f"{where} has damaged Lookahead state: its counters ('optimizers') are missing."
         raise ValueError(message)  # noqa: TRY004 (it comes from a file)
     for counters in state["optimizers"]:
-        check_counters(counters)
+        check_state(counters)
     check_weights(state.get("eval_weights", "(missing)"), f"{where}: eval_weights")
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any
 
 from lightning_lookahead._numbers import check_alpha, check_k
+from lightning_lookahead._saved_format import GROUP_SETTINGS
 from lightning_lookahead.step_size import Length, StepSize, check_length, check_step_size, k_at
 
 if TYPE_CHECKING:
@@ -79,3 +81,15 @@ def _settings(group: dict[str, Any]) -> tuple[int | None, float | None]:
         None if k is None else check_k(k, "lookahead_k"),
         None if alpha is None else check_alpha(alpha, "lookahead_alpha"),
     )
+
+
+def keep_settings(optimizer: Optimizer, own: list[dict[str, Any]]) -> None:
+    """Give the optimizer's groups these settings of their own, with a warning if they have got others from a file."""
+    for group, now in zip(optimizer.param_groups, own, strict=False):
+        then = {name: group.pop(name) for name in GROUP_SETTINGS if name in group}
+        if then != now:
+            message = (
+                f"The checkpoint's Lookahead settings of a group are {then}, and this run's {now}. Those are used."
+            )
+            warnings.warn(message, stacklevel=2)
+        group.update(now)

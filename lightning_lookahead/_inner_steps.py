@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from torch.optim import Optimizer
 
 
@@ -30,6 +28,21 @@ def is_rehearsal(optimizer: Optimizer) -> bool:
     return False
 
 
+def step_hooks_of(optimizer: Optimizer) -> list[object]:
+    """What is called before a step of this optimizer."""
+    return list(optimizer._optimizer_step_pre_hooks.values())
+
+
+def _calls_under_way(optimizer: Optimizer) -> int:
+    """How many calls of ``optimizer.step()`` are on the stack, as torch has wrapped them for its hooks."""
+    calls, frame = 0, sys._getframe()
+    while frame is not None:
+        if frame.f_code.co_name == "wrapper" and frame.f_locals.get("self") is optimizer:
+            calls += 1
+        frame = frame.f_back  # type: ignore[assignment]
+    return calls
+
+
 class InnerSteps:
     """Counts the real steps of one optimizer.
 
@@ -40,18 +53,32 @@ class InnerSteps:
     def __init__(self) -> None:
         self._total = 0
         self._skipped: Tensor | None = None  # skipped inside fused kernels: summed on the device, not read yet
-        self._open = False
+        self._depth = 0
+        self._moves = False
 
-    def begin(self) -> None:
-        """Note that ``optimizer.step()`` begins."""
-        self._open = True
+    def begin(self, optimizer: Optimizer, *, moves: bool) -> bool:
+        """Note that ``optimizer.step()`` begins; return whether no other call of it is under way.
 
-    def end(self, optimizer: Optimizer, parameters: Iterable[Tensor]) -> bool:
+        A subclass that calls ``super().step()`` fires the hooks of both classes. It is one step, which ends when the
+        outermost call does.
+
+        Args:
+            optimizer: The optimizer.
+            moves: Whether there is a gradient already that it can move weights with: no closure will compute it.
+        """
+        if self._depth:
+            self._depth = _calls_under_way(optimizer) - 1  # a call that raised has not ended
+        self._depth += 1
+        if self._depth == 1:
+            self._moves = moves
+        return self._depth == 1
+
+    def end(self, optimizer: Optimizer, *, moved: bool) -> bool:
         """Note that ``optimizer.step()`` ends; count it if it moved weights, and return whether it did."""
-        # A subclass that calls super().step() fires the hooks of both classes: begin, begin, end, end is one step.
-        was_open, self._open = self._open, False
-        if not was_open or all(parameter.grad is None for parameter in parameters):
+        self._depth = max(self._depth - 1, 0)
+        if self._depth or not (moved or self._moves):
             return False
+        self._moves = False
         self._total += 1
         # A fused optimizer skips inside its kernel. The flag stays on the device: to read it here would be to wait.
         found_inf: Tensor | None = getattr(optimizer, "found_inf", None)

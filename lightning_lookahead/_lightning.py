@@ -9,21 +9,25 @@ from __future__ import annotations
 
 import inspect
 import sys
+import warnings
 from collections.abc import Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, cast
 
+from lightning_lookahead._names import names_in
 from lightning_lookahead._tracked import parameters_of
 
 if TYPE_CHECKING or "pytorch_lightning" not in sys.modules or "lightning.pytorch" in sys.modules:
     from lightning.pytorch import Callback
     from lightning.pytorch.loggers.logger import DummyLogger
+    from lightning.fabric.utilities.data import sized_len
     from lightning.pytorch.utilities.combined_loader import CombinedLoader
     from lightning.pytorch.utilities.seed import isolate_rng
 else:
     from pytorch_lightning import Callback
     from pytorch_lightning.loggers.logger import DummyLogger
+    from lightning_fabric.utilities.data import sized_len
     from pytorch_lightning.utilities.combined_loader import CombinedLoader
     from pytorch_lightning.utilities.seed import isolate_rng
 
@@ -42,17 +46,19 @@ __all__ = [
     "CombinedLoader",
     "DummyLogger",
     "callbacks_of",
-    "check_disjoint",
     "check_trainer",
     "datamodule_of",
     "is_a",
     "isolate_rng",
     "join_packages",
+    "log_to_loggers",
     "matching",
-    "names_of",
+    "owned_by_others",
     "root_of",
+    "sized_len",
     "training_loss",
     "unlogged",
+    "writes_folders",
 ]
 
 TUNERS = {"BatchSizeFinder", "LearningRateFinder"}
@@ -115,18 +121,10 @@ def root_of(strategy: Strategy) -> nn.Module:
     return cast("nn.Module", strategy.model)
 
 
-def names_of(pl_module: LightningModule) -> dict[Tensor, list[str]]:
-    """Each parameter's names in the module's ``state_dict``: more than one if it is tied."""
-    names: dict[Tensor, list[str]] = {}
-    for name, parameter in pl_module.named_parameters(remove_duplicate=False):
-        names.setdefault(parameter, []).append(name.replace("_fsdp_wrapped_module.", ""))
-    return names
-
-
 def matching(patterns: list[str], pl_module: LightningModule) -> list[Tensor]:
     """The parameters with a name that matches one of the patterns; raises if one matches none."""
     found: dict[Tensor, None] = {}
-    names = names_of(pl_module)
+    names = names_in(pl_module)
     for pattern in patterns:
         own = [parameter for parameter, its in names.items() if any(fnmatchcase(name, pattern) for name in its)]
         if not own:
@@ -152,16 +150,34 @@ def check_trainer(trainer: Trainer) -> None:
             raise ValueError(message)
 
 
-def check_disjoint(optimizers: list[Optimizer], pl_module: LightningModule) -> None:
-    """Raise if a parameter is in two optimizers."""
-    names = names_of(pl_module)
-    seen: dict[Tensor, int] = {}
+def owned_by_others(optimizers: list[Optimizer], pl_module: LightningModule) -> list[list[Tensor]]:
+    """For each optimizer the parameters that an earlier one trains, too: they have one slow tensor, of that one."""
+    names = names_in(pl_module)
+    owner: dict[Tensor, int] = {}
+    found: list[list[Tensor]] = []
     for index, optimizer in enumerate(optimizers):
-        for parameter in parameters_of(optimizer):
-            if seen.setdefault(parameter, index) != index:
-                name = names.get(parameter, ["(of another module)"])[0]
-                message = (
-                    f"Parameter {name!r} is in optimizers {seen[parameter]} and {index}: each would pull it back to"
-                    " slow weights of its own. Give it to one of them."
-                )
-                raise ValueError(message)
+        found.append([p for p in parameters_of(optimizer) if owner.setdefault(p, index) != index])
+    shared = list(dict.fromkeys(parameter for own in found for parameter in own))
+    if shared:
+        first = names.get(shared[0], ["(of another module)"])[0]
+        others = f" and {len(shared) - 1} others are" if len(shared) > 1 else " is"
+        message = (
+            f"Lookahead: parameter {first!r}{others} in several optimizers. It is synced when the first of them,"
+            f" optimizer {owner[shared[0]]}, has taken its k steps."
+        )
+        warnings.warn(message, stacklevel=2)
+    return found
+
+
+def writes_folders(strategy: Strategy) -> bool:
+    """Whether a strategy writes a checkpoint as a folder, each rank its own shards."""
+    distributed = getattr(strategy, "_save_distributed_checkpoint", False)  # ModelParallelStrategy
+    return bool(distributed) or getattr(strategy, "_state_dict_type", None) == "sharded"  # FSDPStrategy
+
+
+def log_to_loggers(trainer: Trainer, values: dict[str, float]) -> None:
+    """Send values to the Trainer's loggers every ``log_every_n_steps``, as its `LearningRateMonitor` does."""
+    if not trainer.loggers or not trainer._logger_connector.should_update_logs:
+        return
+    for logger in trainer.loggers:
+        logger.log_metrics(values, step=trainer.fit_loop.epoch_loop._batches_that_stepped)

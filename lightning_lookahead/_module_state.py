@@ -6,9 +6,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
-from lightning_lookahead._sharding import reshard
+from lightning_lookahead._sharding import load_named, reshard
 from lightning_lookahead._tensors import copies, copy_, place
 
 if TYPE_CHECKING:
@@ -44,20 +43,10 @@ def state_dict_of_slow(
     return None if missing else state_dict
 
 
-def detach_aliases(state_dict: dict[str, Any]) -> None:
-    """Replace every tensor of a sharded ``state_dict`` by a copy: on the CPU, "offloaded" ones are live still."""
-    for name, value in state_dict.items():
-        if hasattr(value, "local_shards"):
-            for shard in value.local_shards():
-                shard.tensor = shard.tensor.clone()
-        elif hasattr(value, "clone"):
-            state_dict[name] = value.detach().clone()
-
-
 def load_whole(module: nn.Module, state_dict: dict[str, Any]) -> None:
     """Load whole tensors, by name, into a module that may be sharded; names that are left out stay as they are."""
     reshard(module)
-    set_model_state_dict(module, state_dict, options=StateDictOptions(full_state_dict=True, strict=False))
+    load_named(module, state_dict, whole=True)
 
 
 @contextmanager

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import distributed
 
+from lightning_lookahead._tensors import bit_sum
+
 if TYPE_CHECKING:
     from torch import Tensor
-
-_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def check_ranks(named: dict[str, Tensor]) -> None:
@@ -19,7 +19,7 @@ def check_ranks(named: dict[str, Tensor]) -> None:
     Raises:
         RuntimeError: On every rank, with the name of the first tensor that differs.
     """
-    sums = torch.stack([_bit_sum(tensor) for tensor in named.values()])
+    sums = torch.stack([bit_sum(tensor) for tensor in named.values()])
     extremes = torch.stack([sums, -sums])
     distributed.all_reduce(extremes, op=distributed.ReduceOp.MAX)
     different = (extremes[0] != -extremes[1]).nonzero()
@@ -30,9 +30,3 @@ def check_ranks(named: dict[str, Tensor]) -> None:
             " Start again from a checkpoint saved before that."
         )
         raise RuntimeError(message)
-
-
-def _bit_sum(tensor: Tensor) -> Tensor:
-    """The sum of a tensor's values read as integers: exact, and so the same in whatever order it is taken."""
-    real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
-    return real.detach().reshape(-1).view(_BITS[real.element_size()]).sum(dtype=torch.int64)

@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any
 from typing_extensions import override
 
 from lightning_lookahead._batch_norm import Recalibration
-from lightning_lookahead._carried import Weights, carried_in
-from lightning_lookahead._checks import VERSION, check_saved, check_weights, warn_of_differences
-from lightning_lookahead._lightning import Callback, names_of
-from lightning_lookahead._module_state import detach_aliases, state_dict_of_slow
+from lightning_lookahead._checks import check_saved, check_weights, warn_of_differences
+from lightning_lookahead._lightning import Callback, writes_folders
+from lightning_lookahead._module_state import state_dict_of_slow
+from lightning_lookahead._names import names_in
+from lightning_lookahead._saved_format import SHARDS, TENSORS, VERSION, Weights, upgrade
+from lightning_lookahead._sharding import detach_aliases
+from lightning_lookahead._shards import load_folder
 from lightning_lookahead._tensors import copies
-from lightning_lookahead._tracked import parameters_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -28,6 +30,12 @@ if TYPE_CHECKING:
     from lightning_lookahead.slow_weights import SlowWeights
 
 
+OTHERS_LOADED = (
+    "the module does not hold the weights that the fit has left in it (others were loaded since), and the second set is of"
+    " that fit. Both sets of a checkpoint are in the checkpoint: compare_weights(..., ckpt_path=path) or load_weights(path)."
+)
+
+
 class SavingCallback(Callback):
     """Slow weights that a Trainer's checkpoints hold; `LookaheadCallback` makes and moves them."""
 
@@ -36,35 +44,61 @@ class SavingCallback(Callback):
 
     def __init__(self) -> None:
         super().__init__()
-        self.slow_weights: list[SlowWeights] = []
+        self.slow_weights: list[SlowWeights]
         """One for each optimizer, from the start of a fit until the next fit starts."""
-        self._recalibration = Recalibration()
-        self._tied: list[list[str]] = []  # names that share a parameter, before a strategy wrapped the module
-        self._restored: list[dict[str, Any]] = []  # counters from a checkpoint, until there are optimizers to count for
-        self._before_loading: dict[str, Tensor] = {}  # the module's state, while a checkpoint is loaded over it
-        self._foreign = False  # the checkpoint was made without us
+        self._recalibration: Recalibration
+        self._left: list[
+            tuple[Weights, int]
+        ]  # the set that the parameters of each held when the fit ended, and its bits
+        self._aliases: list[list[str]]  # names that share a parameter, before a strategy wrapped the module
+        self._restored: list[dict[str, Any]]  # states from a checkpoint, until there are optimizers for them
+        self._restored_model: dict[str, Any]  # the module's own state that came with them
+        self._before_loading: dict[str, Tensor]  # the module's state, while a checkpoint is loaded over it
+        self.__dict__.update(self._nothing_trained())
 
     def _settings(self) -> dict[str, Any]:
         """What a checkpoint says of the run; a run that goes on with other values is told so."""
+        raise NotImplementedError
+
+    def _nothing_trained(self) -> dict[str, Any]:
+        """The attributes of a callback that has trained nothing yet."""
+        return {
+            "slow_weights": [],
+            "_recalibration": Recalibration(),
+            "_left": [],
+            "_aliases": [],
+            "_restored": [],
+            "_restored_model": {},
+            "_before_loading": {},
+        }
+
+    def _after_validation(self) -> None:
+        """Let the module hold the fast weights again."""
         raise NotImplementedError
 
     def _await_checkpoint(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin a fit: forget the one before it, and look at what the strategy loads."""
         for slow in self.slow_weights:
             slow.close()
-        self.slow_weights, self._restored, self._foreign, self._before_loading = [], [], False, {}
-        self._tied = [names for names in names_of(pl_module).values() if len(names) > 1]
+        self.__dict__.update(self._nothing_trained())
+        self._aliases = [names for names in names_in(pl_module).values() if len(names) > 1]
         strategy = trainer.strategy
         strategy.load_checkpoint = functools.partial(self._load_checkpoint, strategy)  # type: ignore[method-assign]
 
     def _serve_checkpoints(self, strategy: Strategy) -> None:
-        """Restore counters that were loaded already, and see that checkpoints hold the weights that they should."""
-        self._load_counters()
+        """Restore what was loaded already, and see that checkpoints hold the weights that they should."""
+        self._load_states()
         # Lightning asks the strategy, once, for the weights of every checkpoint; with save_weights_only=True no hook of
         # a callback is called. A partial, unlike a closure, leaves the strategy picklable.
         strategy.lightning_module_state_dict = functools.partial(  # type: ignore[method-assign]
             self._module_state_dict, strategy
         )
+        # What comes last in a validation, after the hooks of all callbacks and of the module.
+        strategy.on_validation_end = functools.partial(self._on_validation_end, strategy)  # type: ignore[method-assign]
+
+    def _on_validation_end(self, strategy: Strategy) -> None:
+        type(strategy).on_validation_end(strategy)
+        self._after_validation()
 
     @contextmanager
     def use_weights(self, weights: Weights) -> Iterator[None]:
@@ -84,15 +118,27 @@ class SavingCallback(Callback):
                 " trains (strategies that spawn or fork bring back phi alone)."
             )
             raise RuntimeError(message)
+        if self.others_loaded:
+            message = f"use_weights({weights!r}): {OTHERS_LOADED}"
+            raise RuntimeError(message)
         with ExitStack() as stack:
             for slow in self.slow_weights:
                 stack.enter_context(slow.use(weights))
             yield
 
+    @property
+    def others_loaded(self) -> bool:
+        """Whether the module holds other weights than those that the fit has left in it: both sets are of that fit."""
+        return any(
+            slow.holds == held and slow.fingerprint() != fingerprint
+            for slow, (held, fingerprint) in zip(self.slow_weights, self._left, strict=False)
+        )
+
     def _module_state_dict(self, strategy: Strategy) -> dict[str, Any]:
         """What ``strategy.lightning_module_state_dict()`` returns during a fit and after it, swapped or not."""
         original = functools.partial(type(strategy).lightning_module_state_dict, strategy)
-        if not self._serves(strategy.optimizers):  # the strategy has gone on to another fit, without this callback
+        # The strategy has gone on to another fit, without this callback, or other weights were loaded into the module.
+        if not self._serves(strategy.optimizers) or self.others_loaded:
             return original()
         if self.eval_weights == "fast" and all(slow.holds == "fast" for slow in self.slow_weights):
             return original()
@@ -109,48 +155,61 @@ class SavingCallback(Callback):
     def _load_checkpoint(self, strategy: Strategy, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """What ``strategy.load_checkpoint()`` returns; our part of it is checked before anything is loaded from it."""
         original = functools.partial(type(strategy).load_checkpoint, strategy)
-        if not strategy.restore_checkpoint_after_setup:
-            if not self.slow_weights and strategy.lightning_module is not None:  # a run that is about to begin
-                state_dict = strategy.lightning_module.state_dict()
-                self._before_loading = dict(zip(state_dict, copies(state_dict.values()), strict=True))
+        module = strategy.lightning_module
+        if strategy.restore_checkpoint_after_setup or module is None:  # they load the module and optimizers here, too
             checkpoint = original(path, *args, **kwargs)
-            if self.state_key in (checkpoint.get("callbacks") or {}):
-                check_saved(checkpoint["callbacks"][self.state_key])
+            folder = strategy.broadcast(path)
+            ours = (checkpoint.get("callbacks") or {}).get(self.state_key)
+            if ours is not None and self.slow_weights and module is not None and module.trainer.state.fn == "fit":
+                check_saved(ours)
+                load_folder(folder, ours["optimizers"], self.slow_weights)
             return checkpoint
-        # These strategies load the optimizers here, too, and in place.
-        carried = carried_in(strategy.broadcast(path), kwargs.get("weights_only"))
-        with ExitStack() as stack:
-            for slow in self.slow_weights:
-                stack.enter_context(slow.expecting(carried))
-            return original(path, *args, **kwargs)
+        if not self._before_loading and str(path) == str(module.trainer.ckpt_path):  # a run that is about to begin
+            state_dict = module.state_dict()
+            self._before_loading = dict(zip(state_dict, copies(state_dict.values()), strict=True))
+        checkpoint = original(path, *args, **kwargs)
+        ours = (checkpoint.get("callbacks") or {}).get(self.state_key)
+        if ours is not None:
+            upgrade(checkpoint, ours)
+            check_saved(ours)
+        return checkpoint
 
     def _serves(self, optimizers: list[Any]) -> bool:
         return [id(slow.optimizer) for slow in self.slow_weights] == [id(optimizer) for optimizer in optimizers]
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """Settings and counters, without tensors: the weights travel in the module's and the optimizers' states."""
-        counters = [slow.state_dict() for slow in self.slow_weights]
+        """Settings and counts, without a tensor: those are put beside them where it is known how they are written."""
         state = {
             "lookahead_version": VERSION,
             **self._settings(),
-            "optimizers": [{name: state[name] for name in state if name not in self._settings()} for state in counters],
+            "optimizers": [slow.counters() for slow in self.slow_weights],
+            "aliases": self._aliases,
         }
         return state if self.monitor is None else {**state, "monitor": self.monitor.state_dict()}
 
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        names = names_of(pl_module)
         state = checkpoint["callbacks"][self.state_key]
-        state["names"] = [[names.get(p, []) for p in parameters_of(optimizer)] for optimizer in trainer.optimizers]
-        state["tied"] = self._tied
-        names_of_buffers = {buffer: name for name, buffer in pl_module.named_buffers()}
-        state["statistics"] = [
-            [names_of_buffers.get(buffer, "") for buffer in slow.buffers.live] if slow.buffers is not None else []
-            for slow in self.slow_weights
-        ]
-        if self.slow_weights and not self._serves(trainer.optimizers):  # the counters are of another fit
+        if not self._serves(trainer.optimizers):  # the weights are of another fit
             state["optimizers"] = []
+            return
+        if self.others_loaded:
+            warnings.warn(f"Lookahead: this checkpoint has one set of weights only: {OTHERS_LOADED}", stacklevel=2)
+            state["optimizers"] = []
+            return
+        folder = writes_folders(trainer.strategy)
+        with self._recalibration.undone():
+            states = [slow.lean_state_dict(whole=not folder) for slow in self.slow_weights]
+        if folder:
+            # What is written by each rank is the module's state and the optimizers': there, torch looks for nothing of
+            # this name.
+            tensors = {
+                str(at): {part: own.pop(part) for part in TENSORS if part in own} for at, own in enumerate(states)
+            }
+            first, *others = checkpoint["optimizer_states"]
+            checkpoint["optimizer_states"] = [{**first, SHARDS: tensors}, *others]
+        state["optimizers"] = states
 
     @override
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -162,17 +221,23 @@ class SavingCallback(Callback):
                 "The checkpoint was made without LookaheadCallback: slow and fast weights both start from its weights.",
                 stacklevel=2,
             )
-            self._foreign = True
-            self._load_counters()
             return
         check_saved(saved)
         warn_of_differences(saved, self._settings())
-        self._restored = saved["optimizers"]
+        # Out of the callback's state, of which Lightning makes a deep copy for `load_state_dict`.
+        self._restored = saved.pop("optimizers")
+        saved["optimizers"] = []
+        first: dict[str, Any] = next(iter(checkpoint.get("optimizer_states", [])), {})
+        carried = first.get(SHARDS, {})  # a folder that was made one file
+        for at, state in enumerate(self._restored):
+            state.update(carried.get(str(at), {}))
+        # WeightAveraging puts its average in the place of what the module held, and that beside it.
+        self._restored_model = checkpoint.get("current_model_state", checkpoint.get("state_dict", {}))
         if self.monitor is not None and "monitor" in saved:
             self.monitor.load_state_dict(saved["monitor"])
-        self._load_counters()
+        self._load_states()
 
-    def _load_counters(self) -> None:
+    def _load_states(self) -> None:
         # The Trainer loads callbacks before there are optimizers (one device, DDP) or after (sharded strategies).
         if not self.slow_weights:
             return
@@ -182,9 +247,8 @@ class SavingCallback(Callback):
                 f" {len(self.slow_weights)}: resume with the same optimizers."
             )
             raise ValueError(message)
-        for slow, counters in zip(self.slow_weights, self._restored, strict=False):
-            slow.load_state_dict(counters)
-        if self._foreign:
-            for slow in self.slow_weights:
-                slow.start_over()
-        self._restored, self._foreign = [], False
+        for slow, state in zip(self.slow_weights, self._restored, strict=False):
+            # Of settings that the callback has, it has said already whether they are others.
+            own = {name: value for name, value in state.items() if name not in slow.settings}
+            slow.load_state_dict(own, self._restored_model)
+        self._restored, self._restored_model = [], {}

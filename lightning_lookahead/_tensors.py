@@ -142,3 +142,12 @@ def checksum(tensor: Tensor) -> int:
     """CRC-32 of a tensor's bytes in row-major order: equal bits give equal sums on every device."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     return zlib.crc32(flat.view(torch.uint8).numpy().data)
+
+
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def bit_sum(tensor: Tensor) -> Tensor:
+    """The sum of a tensor's values read as integers: exact, and so the same in whatever order it is taken."""
+    real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    return real.detach().reshape(-1).view(_BITS[real.element_size()]).sum(dtype=torch.int64)

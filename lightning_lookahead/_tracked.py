@@ -9,6 +9,7 @@ import torch
 
 from lightning_lookahead._offload import Offload
 from lightning_lookahead._pairs import Pairs, side_by_side
+from lightning_lookahead._saved_format import slow_dtype
 from lightning_lookahead._tensors import copy_, equal, exchange_, place
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.optim import Optimizer
 
-    from lightning_lookahead._carried import Weights
+    from lightning_lookahead._saved_format import Weights
 
 
 def parameters_of(optimizer: Optimizer) -> list[Tensor]:
@@ -43,7 +44,8 @@ class Tracked:
 
     Attributes:
         holds: Which weights the parameters hold.
-        stepped: Parameters that a step may move: the trained ones and those on the same storage.
+        dtype: Of the second tensors, as it was chosen.
+        listed: All parameters of the optimizer: one that another optimizer owns moves in a step, too.
     """
 
     def __init__(
@@ -56,13 +58,12 @@ class Tracked:
         self._kept: dict[Tensor, Tensor] = {}
         self._offload = Offload()
         self.holds: Weights = "fast"
-        self.stepped: list[Tensor] = []
         self._pairs: dict[Tensor, Pairs] = {}  # by the first fast tensor of each
         self._aside: dict[Tensor, Tensor] = {}  # fast weights of those that are apart, while they hold the slow ones
         self._optimizer = optimizer
         self._exclude = set(exclude)
-        self._dtype, self._device = dtype, device
-        self._listed: list[Tensor] = []
+        self.dtype, self._device = dtype, device
+        self.listed: list[Tensor] = []
         self._idle: list[Tensor] = []
         self.update()
 
@@ -74,29 +75,28 @@ class Tracked:
 
     def update(self, also: Collection[Tensor] = ()) -> None:
         """Look at the optimizer's groups again; take in ``also``, whether they need a gradient or not."""
-        self._listed = parameters_of(self._optimizer)
-        places = {place(parameter): parameter for parameter in reversed(self._listed)}
+        self.listed = parameters_of(self._optimizer)
+        places = {place(parameter): parameter for parameter in reversed(self.listed)}
         single = dict.fromkeys(reversed(places.values()))
         trained = [p for p in single if (p in self.kept or p.requires_grad or p in also) and p not in self._exclude]
         new = [parameter for parameter in trained if parameter not in self.kept]
         known = {**self.kept, **dict(zip(new, self._second(new), strict=True))}
         self._kept = {parameter: known[parameter] for parameter in trained}
         self._pairs = {}
-        self.stepped = [parameter for parameter in self._listed if places[place(parameter)] in self.kept]
         self._idle = [parameter for parameter in single if parameter not in self.kept]
 
     def update_if_more(self) -> bool:
         """Take in parameters that were added or unfrozen, and say if there are any; costs nothing per trained one."""
         listed = sum(len(group["params"]) for group in self._optimizer.param_groups)
         unfrozen = (parameter.requires_grad and parameter not in self._exclude for parameter in self._idle)
-        if listed != len(self._listed) or any(unfrozen):
+        if listed != len(self.listed) or any(unfrozen):
             self.update()
             return True
         return False
 
     def update_if_other(self) -> None:
         """Take in parameters that were put in the place of others."""
-        if any(map(operator.is_not, self._listed, parameters_of(self._optimizer))):
+        if any(map(operator.is_not, self.listed, parameters_of(self._optimizer))):
             self.update()
 
     def follow(self) -> None:
@@ -157,7 +157,7 @@ class Tracked:
 
         Args:
             weights: The set that they hold then.
-            synced: Both sets may well be equal: look, and leave those alone that are.
+            synced: No step was taken since both were made equal: what was written from outside since belongs to both.
         """
         if weights == self.holds:
             return
@@ -170,11 +170,17 @@ class Tracked:
         listed = set(apart)
         together = {parameter: kept for parameter, kept in self.kept.items() if parameter not in listed}
         if synced:
-            together = {parameter: kept for parameter, kept in together.items() if not equal(parameter, kept)}
-        exchange_(together, together.values())
-        copy_(apart, sources)
+            self.adopt()
+        else:
+            exchange_(together, together.values())
+            copy_(apart, sources)
         self._aside = aside
         self.holds = weights
+
+    def adopt(self) -> None:
+        """Right after a sync, let both sets have what was written into the parameters from outside since."""
+        written = {p: kept for p, kept in self.kept.items() if not equal(p, kept.to(p))}
+        copy_(written.values(), written)
 
     def is_apart(self, parameter: Tensor) -> bool:
         """Whether its second tensor is of another dtype or on another device."""
@@ -188,17 +194,12 @@ class Tracked:
 
     @torch.inference_mode(mode=False)
     def _second(self, parameters: list[Tensor]) -> list[Tensor]:
-        seconds = [second.to(self._device, self._dtype_of(second)) for second in side_by_side(parameters)]
+        seconds = [second.to(self._device, slow_dtype(second.dtype, self.dtype)) for second in side_by_side(parameters)]
         remote = self._device is not None and self._device.type == "cpu"
         return [
             second.pin_memory() if remote and parameter.is_cuda else second
             for parameter, second in zip(parameters, seconds, strict=True)
         ]
-
-    def _dtype_of(self, tensor: Tensor) -> torch.dtype:
-        if not tensor.is_floating_point():
-            return tensor.dtype
-        return self._dtype or torch.promote_types(tensor.dtype, torch.float32)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_pairs": {}}

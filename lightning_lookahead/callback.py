@@ -6,7 +6,6 @@ import functools
 import warnings
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from typing_extensions import override
 
 from lightning_lookahead._batch_norm import check_recalibrate
@@ -24,14 +23,15 @@ from lightning_lookahead._lightning import (
     AVERAGERS,
     TUNERS,
     callbacks_of,
-    check_disjoint,
     check_trainer,
     is_a,
     join_packages,
+    log_to_loggers,
     matching,
-    names_of,
+    owned_by_others,
     training_loss,
 )
+from lightning_lookahead._names import names_in
 from lightning_lookahead._numbers import check_choice
 from lightning_lookahead._ranks import check_ranks
 from lightning_lookahead._saving import SavingCallback
@@ -44,7 +44,7 @@ from lightning_lookahead.step_size import check_length, check_step_size, describ
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
-    from lightning_lookahead._carried import Weights
+    from lightning_lookahead._saved_format import Weights
     from lightning_lookahead.momentum import Mode
     from lightning_lookahead.monitor import InnerOuterMonitor
     from lightning_lookahead.slow_weights import Nonfinite
@@ -62,8 +62,7 @@ class LookaheadCallback(SavingCallback):
         k: Inner steps from one sync to the next; at least 1. Or a schedule over syncs, `Linear`, say.
             An optimizer's group with a ``"lookahead_k"`` of its own has cycles of its own.
         alpha: Slow weights step size, in (0, 1]; 1 leaves the inner optimizer as it is. Or a schedule, and a group's
-            own ``"lookahead_alpha"``, as for ``k``; or an `AdaptiveAlpha`. What changes is logged as
-            ``lookahead/alpha``.
+            own ``"lookahead_alpha"``, as for ``k``; or an `AdaptiveAlpha`.
         eval_weights: The weights that validation sees, that a checkpoint's ``state_dict`` holds and that the module
             holds after fit: ``"slow"`` (phi, what the algorithm returns) or ``"fast"`` (theta).
         pullback_momentum: What a sync does to the inner optimizer's state: ``"none"`` leaves it alone, ``"reset"``
@@ -87,8 +86,10 @@ class LookaheadCallback(SavingCallback):
         recalibrate_batch_norm: Before each validation, gather BatchNorm's statistics anew with the slow weights, from
             all training batches (``True``) or the first so many: those at hand were gathered with fast weights. After
             it they are what they were; checkpoints hold those.
-        log_syncs: Log ``lookahead/syncs``, the syncs done so far, to the progress bar and loggers.
-        log_distance: Log ``lookahead/distance``, how far theta and phi were apart just before a sync (Euclidean).
+        log_syncs: Send ``lookahead/syncs``, the syncs done, to the Trainer's loggers every ``log_every_n_steps``, and
+            ``lookahead/alpha``, the last sync's, if it changes.
+        log_distance: Send ``lookahead/distance`` there, how far theta and phi were apart just before the last sync
+            (Euclidean).
         check_ranks: After each sync, compare the weights of all ranks (DDP) and raise if one has drifted: one checksum
             of the weights and one small collective for each sync. Off, a sync issues no collective.
 
@@ -151,7 +152,7 @@ class LookaheadCallback(SavingCallback):
         buffers: Literal["keep", "sync"] = "keep",
         monitor: InnerOuterMonitor | None = None,
         recalibrate_batch_norm: bool | int = False,  # noqa: FBT001, FBT002
-        log_syncs: bool = True,  # noqa: FBT001, FBT002 (YAML and the command line name every argument)
+        log_syncs: bool = False,  # noqa: FBT001, FBT002 (YAML and the command line name every argument)
         log_distance: bool = False,  # noqa: FBT001, FBT002
         check_ranks: bool = False,  # noqa: FBT001, FBT002
     ) -> None:
@@ -190,15 +191,18 @@ class LookaheadCallback(SavingCallback):
         self.log_distance = log_distance
         self.check_ranks = check_ranks
         self._step_hooks: list[Any] = []  # on the optimizers, under manual optimization
-        self._logged: list[int] = []  # syncs that were logged, for each optimizer
+        self._checked: list[int] = []  # syncs after which ranks were compared, for each optimizer
+        self._trainer: Trainer | None = None  # during a fit
+        self._in_trainer = False
 
     # -- one fit
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._in_trainer = True
+        check_trainer(trainer)
         if stage != "fit":
             return
-        check_trainer(trainer)
         self._await_checkpoint(trainer, pl_module)
         if self.monitor is not None:
             self.monitor.reset()
@@ -216,8 +220,8 @@ class LookaheadCallback(SavingCallback):
             return
         for optimizer in optimizers:
             check_optimizer(optimizer)
-        check_disjoint(optimizers, pl_module)
         excluded = matching(self.exclude, pl_module)
+        elsewhere = owned_by_others(optimizers, pl_module)
         self.slow_weights = [
             SlowWeights(
                 optimizer,
@@ -225,7 +229,7 @@ class LookaheadCallback(SavingCallback):
                 self.alpha,
                 sync_in_step=False,
                 start_step=self.start_step,
-                exclude=excluded,
+                exclude=[*excluded, *elsewhere[index]],
                 pullback_momentum=self.pullback_momentum,
                 nonfinite=self.nonfinite,
                 slow_dtype=self.slow_dtype,
@@ -258,13 +262,14 @@ class LookaheadCallback(SavingCallback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._trainer = trainer
         for slow in self.slow_weights:
             slow.put("fast")
         if self.monitor is not None and self.slow_weights:
             self.monitor.begin(trainer, self.slow_weights[0])
         for slow in self.slow_weights:  # the checkpoint was saved after the k-th step and before its on_train_batch_end
             self._after_step(trainer, slow)
-        self._logged = [slow.syncs for slow in self.slow_weights]
+        self._checked = [slow.syncs for slow in self.slow_weights]
         self._before_loading = {}
 
     @override
@@ -272,17 +277,17 @@ class LookaheadCallback(SavingCallback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         for index, slow in enumerate(self.slow_weights):
-            if self._needs_loss:
+            slow.loss = None
+            if self._needs_loss and outputs is not None:
                 loss = functools.partial(training_loss, trainer, pl_module, batch, batch_idx)
                 slow.loss = TrainingLoss(loss, functools.partial(undisturbed, pl_module))
             self._after_step(trainer, slow)
-            if slow.syncs != self._logged[index]:
-                self._logged[index] = slow.syncs
-                if self.check_ranks and trainer.world_size > 1:
-                    names = names_of(pl_module)
-                    check_ranks({names.get(p, ["(of another module)"])[0]: p for p in slow.values("fast")})
-                self._log(trainer, pl_module, slow, f"/{index}" if len(self.slow_weights) > 1 else "")
-
+            if self.check_ranks and slow.syncs != self._checked[index] and trainer.world_size > 1:
+                self._checked[index] = slow.syncs
+                names = names_in(pl_module)
+                check_ranks({names.get(p, ["(of another module)"])[0]: p for p in slow.values("fast")})
+        if self.log_syncs or self.log_distance:
+            log_to_loggers(trainer, self._figures())
         if self.recalibrate_batch_norm:
             self._recalibration.note_modes(pl_module)
         if self.monitor is not None and self.slow_weights:
@@ -298,7 +303,7 @@ class LookaheadCallback(SavingCallback):
         if all(other.due for other in together):
             for other in together:
                 other.sync()
-            if self.monitor is not None and self.slow_weights[0] in together:
+            if self.monitor is not None and any(other is self.slow_weights[0] for other in together):
                 self.monitor.after_sync(trainer, self.slow_weights[0])
 
     @property
@@ -315,27 +320,28 @@ class LookaheadCallback(SavingCallback):
             message = "sync_now() was called outside of a fit: there is nothing to sync."
             raise RuntimeError(message)
         for slow in self._counting():
-            slow.sync()
+            self._sync(slow)
 
-    def _log(self, trainer: Trainer, pl_module: LightningModule, slow: SlowWeights, suffix: str) -> None:
-        if trainer.barebones:
-            return
-        if self.log_syncs:
-            # A CPU tensor: with a number Lightning makes one on the device, which the progress bar then waits for.
-            pl_module.log(f"lookahead/syncs{suffix}", torch.tensor(float(slow.syncs)), prog_bar=True)
-        if slow.last_alpha is not None and slow.changes_alpha:
-            pl_module.log(f"lookahead/alpha{suffix}", torch.tensor(slow.last_alpha), prog_bar=True)
-        if slow.last_distance is not None:
-            pl_module.log(f"lookahead/distance{suffix}", slow.last_distance, prog_bar=True)
+    def _sync(self, slow: SlowWeights) -> None:
+        slow.sync()
+        if self.monitor is not None and slow is self.slow_weights[0] and self._trainer is not None:
+            self.monitor.after_sync(self._trainer, slow)
+
+    def _figures(self) -> dict[str, float]:
+        """What is logged if it is asked for."""
+        figures: dict[str, float] = {}
+        for index, slow in enumerate(self.slow_weights):
+            suffix = f"/{index}" if len(self.slow_weights) > 1 else ""
+            if self.log_syncs:
+                figures[f"lookahead/syncs{suffix}"] = float(slow.syncs)
+                if slow.last_alpha is not None and slow.changes_alpha:
+                    figures[f"lookahead/alpha{suffix}"] = slow.last_alpha
+            if slow.last_distance is not None:
+                figures[f"lookahead/distance{suffix}"] = float(slow.last_distance)
+        return figures
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.monitor is not None:
-            self.monitor.end(trainer)
-        if self.unfinished_cycle == "sync":
-            for slow in self._counting():
-                if slow.steps_since_sync:
-                    slow.sync()
         self._finish(trainer)
 
     @override
@@ -354,19 +360,27 @@ class LookaheadCallback(SavingCallback):
 
     def _finish(self, trainer: Trainer) -> None:
         self._before_loading = {}
+        if self.unfinished_cycle == "sync":
+            for slow in self._counting():
+                if slow.steps_since_sync:
+                    self._sync(slow)
+        if self.monitor is not None and self._counting():
+            self.monitor.end(trainer)
         for slow in self._counting():
             if not any(is_a(callback, AVERAGERS) for callback in callbacks_of(trainer)):
                 slow.put(self.eval_weights)
         self._stop_counting()
         for slow in self.slow_weights:
             slow.put(slow.holds)  # after on_train_end Lightning has moved the module to the CPU: follow it
+        self._left = [(slow.holds, slow.fingerprint()) for slow in self.slow_weights]
 
     def _stop_counting(self) -> None:
         for hook in self._step_hooks:
             hook.remove()
         self._step_hooks = []
+        self._trainer = None
         for slow in self.slow_weights:
-            slow.stop()
+            slow.close()
 
     def _counting(self) -> list[SlowWeights]:
         """Those of a fit that is under way: none before it, after it or after an exception in it."""
@@ -382,10 +396,25 @@ class LookaheadCallback(SavingCallback):
             self._recalibration.start(trainer, self.recalibrate_batch_norm)
 
     @override
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _after_validation(self) -> None:
+        """After every other callback's ``on_validation_end`` and the module's: first in, last out."""
         self._recalibration.stop()
         for slow in self._counting():
             slow.put("fast")
+
+    # -- what a copy has
+
+    @property
+    @override
+    def state_key(self) -> str:
+        # Where a Trainer is made, Lightning refuses two callbacks with one key, in words of its own.
+        return type(self).__name__ if self._in_trainer else f"{type(self).__name__}, {id(self)}"
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Settings alone outside of a fit: libraries keep callbacks among hyperparameters. In a fit, all of it."""
+        if self._counting():
+            return {**self.__dict__, "_trainer": None}
+        return {**self.__dict__, **self._nothing_trained(), "_trainer": None}
 
     def _settings(self) -> dict[str, Any]:
         return {

@@ -1,8 +1,11 @@
-"""`load_weights`: either set of weights out of a checkpoint, a file or a folder of shards, without a Trainer."""
+"""Checkpoints without a Trainer, files and folders of shards: either set of weights, and the newest whole one."""
 
 from __future__ import annotations
 
+import pickle
+import re
 import warnings
+import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,12 +14,14 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as load_shards
 
-from lightning_lookahead._carried import ENTRIES, Weights
-from lightning_lookahead._checks import check_saved, check_weights
+from lightning_lookahead._checks import check_dtype, check_saved, check_weights
+from lightning_lookahead._names import bare
+from lightning_lookahead._saved_format import SHARDS, Weights, slow_dtype, upgrade, without_words
+from lightning_lookahead._shards import KEY, listed
+from lightning_lookahead._tensors import checksum
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterator
 
     from torch import Tensor
 
@@ -27,6 +32,8 @@ def load_weights(
     path: str | os.PathLike[str], weights: Weights = "slow", *, weights_only: bool = True
 ) -> dict[str, Tensor]:
     """Read one set of weights out of a checkpoint file, without a Trainer.
+
+    The weights are compared with the checksums in the file.
 
     Args:
         path: A checkpoint that a run with `LookaheadCallback` saved: a file, or a folder of shards.
@@ -39,8 +46,10 @@ def load_weights(
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the file is damaged, no Lightning checkpoint, was made without the callback, or does not hold
-            both sets (``save_weights_only=True``).
+        ValueError: If the path is empty, or the file is damaged, no Lightning checkpoint, made without the callback, or
+            does not hold both sets (``save_weights_only=True``).
+        pickle.UnpicklingError: If it is whole and holds objects that ``weights_only=True`` does not allow; the message
+            names the first one's class.
 
     Example::
 
@@ -51,84 +60,166 @@ def load_weights(
     return {name.replace("_orig_mod.", ""): value for name, value in found.items()}
 
 
+def newest_checkpoint(folder: str | os.PathLike[str], pattern: str = "*.ckpt") -> Path | None:
+    """Find the newest whole checkpoint in a folder, to go on from after a kill.
+
+    One that was cut off is passed over: a file whose end or one of whose parts is missing or altered, a folder of
+    shards without its list or with a shard that is missing or too short. A file is not passed over for the objects that
+    it holds: nothing in it is run.
+
+    Args:
+        folder: Where to look, subfolders left out.
+        pattern: What names match.
+
+    Returns:
+        Its path; ``None`` if there is none.
+
+    Raises:
+        FileNotFoundError: If there is no such folder.
+
+    Example::
+
+        trainer.fit(model, ckpt_path=newest_checkpoint("checkpoints"))
+    """
+    _check_there(folder)
+    by_age = sorted(Path(folder).glob(pattern), key=lambda path: path.stat().st_mtime_ns, reverse=True)
+    return next((path for path in by_age if _is_whole(path)), None)
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        if path.is_dir():
+            return (path / "meta.pt").is_file() and _damaged_part(path / "meta.pt") is None and _has_all_shards(path)
+        return _damaged_part(path) is None
+    except (OSError, zipfile.BadZipFile, EOFError):
+        return False
+    except Exception:  # noqa: BLE001 (the list of shards is a pickle, in which anything may be wrong)
+        return False
+
+
+def _has_all_shards(path: Path) -> bool:
+    """Whether each shard's file is as long as the list says."""
+    ends: dict[str, int] = {}
+    for place in FileSystemReader(path).read_metadata().storage_data.values():
+        ends[place.relative_path] = max(ends.get(place.relative_path, 0), place.offset + place.length)
+    return all((path / name).is_file() and (path / name).stat().st_size >= end for name, end in ends.items())
+
+
+def _damaged_part(path: str | os.PathLike[str]) -> str | None:
+    """The first part of a file whose bytes are not those that were written, as the file's own checksums say."""
+    with zipfile.ZipFile(path) as file:
+        return file.testzip()
+
+
 def weights_in(checkpoint: dict[str, Any], weights: Weights, path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """One set of weights out of a checkpoint that was read from ``path``, under the names of its ``state_dict``.
 
     Raises:
-        ValueError: If the checkpoint does not hold both sets.
+        ValueError: If the checkpoint does not hold both sets, or is damaged.
     """
     saved = _callback_state(checkpoint, path)
     # WeightAveraging puts its average in the place of what the module held, and that beside it.
     state_dict = dict(checkpoint.get("current_model_state", checkpoint["state_dict"]))
-    if weights == saved["eval_weights"]:
-        return state_dict
-    for counters, names in zip(saved["optimizers"], saved.get("statistics", []), strict=False):
-        state_dict.update(zip(names, counters.get("statistics", {}).get(weights, []), strict=False))
-    for optimizer_state, names in zip(checkpoint["optimizer_states"], saved["names"], strict=True):
-        for aliases, value in _others(optimizer_state, [*names, *saved["tied"]], f"lookahead_{weights}"):
-            known = [name for name in aliases if name in state_dict]
+    spelt = {bare(name): name for name in state_dict}
+    aliases = {name: names for names in saved.get("aliases", []) for name in names}
+    for at, state in enumerate(saved["optimizers"]):
+        own = {**state, **_in_shards(checkpoint, at)}
+        sums = own.get("checksums", {})
+        _check_sums({name: state_dict[spelt[name]] for name in sums if name in spelt}, sums, path)
+        dtypes = {
+            name: slow_dtype(value.dtype, check_dtype(own.get("slow_dtype"))) for name, value in _tensors(state_dict)
+        }
+        dtypes = {bare(name): dtype for name, dtype in dtypes.items()}
+        parts = without_words(own.get("weights", {}), dtypes), own.get("statistics", {})
+        for name, value in (item for part in parts for item in part.get(weights, {}).items()):
+            known = [spelt[alias] for alias in aliases.get(name, [name]) if alias in spelt]
             if not known:
                 message = (
-                    f"{path} has {weights} weights of {aliases or ['a parameter without a name']}, but its"
-                    " 'state_dict' has no such name: the module saves its weights under names of its own. Load the"
-                    f" checkpoint in a Trainer and take callback.use_weights({weights!r})."
+                    f"{path} has {weights} weights of {name!r}, but its 'state_dict' has no such name: the module saves"
+                    " its weights under names of its own. Load the checkpoint in a Trainer and take"
+                    f" callback.use_weights({weights!r})."
                 )
                 raise ValueError(message)
             state_dict.update(dict.fromkeys(known, value))
     return state_dict
 
 
-def _others(optimizer_state: dict[str, Any], names: list[list[str]], entry: str) -> Iterator[tuple[list[str], Tensor]]:
-    """The set that an optimizer's state carries: all names of each parameter, and its value."""
-    state = optimizer_state["state"]
-    if "param_groups" in optimizer_state:
-        keys = [key for group in optimizer_state["param_groups"] for key in group["params"]]
-        aliases = dict(zip(keys, names, strict=False))
-    else:  # shards name the parameters, each by one of its names
-        aliases = {name: own for own in names for name in own}
-    return ((aliases.get(key, [key]), own[entry]) for key, own in state.items() if entry in own)
+def _tensors(state_dict: dict[str, Any]) -> list[tuple[str, Tensor]]:
+    return [(name, value) for name, value in state_dict.items() if isinstance(value, torch.Tensor)]
+
+
+def _in_shards(checkpoint: dict[str, Any], at: int) -> dict[str, Any]:
+    """What the state of the first optimizer has for an outer loop, in a folder or in a file that was made of one."""
+    first: dict[str, Any] = next(iter(checkpoint.get("optimizer_states", [])), {})
+    own: dict[str, Any] = first.get(SHARDS, {}).get(str(at), {})
+    return own
+
+
+def _check_sums(values: dict[str, Any], sums: dict[str, int], path: str | os.PathLike[str]) -> None:
+    """Raise if a value is not what was saved and the file itself is not, either: others may change it while saving."""
+    wrong = next(
+        (n for n, value in values.items() if isinstance(value, torch.Tensor) and checksum(value) != sums[n]), None
+    )
+    if wrong is not None and Path(path).is_file() and _damaged_part(path) is not None:
+        message = f"{path} is damaged: {wrong!r} has not the values that it was saved with. Take another checkpoint."
+        raise ValueError(message)
 
 
 def _read_shards(path: Path, *, weights_only: bool) -> dict[str, Any]:
-    """Put a folder of shards together as if it were one file, with nothing of the optimizers but what they carry."""
+    """Put a folder of shards together as if it were one file, with nothing of the optimizers but what is ours."""
     checkpoint: dict[str, Any] = torch.load(path / "meta.pt", map_location="cpu", weights_only=weights_only)
     reader = FileSystemReader(path)
+    entries = {
+        name: entry
+        for name, entry in reader.read_metadata().state_dict_metadata.items()
+        if isinstance(entry, TensorStorageMetadata) and name.startswith(_MODELS)
+    }
+    ours = {".".join((*KEY, *keys)): (keys, entry) for keys, entry in listed(path).items()}
     tensors = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
-        for name, entry in reader.read_metadata().state_dict_metadata.items()
-        if isinstance(entry, TensorStorageMetadata) and (name.startswith(_MODELS) or name.endswith(tuple(ENTRIES)))
+        for name, entry in {**entries, **{name: entry for name, (_, entry) in ours.items()}}.items()
     }
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as it should be here
         load_shards(tensors, storage_reader=reader, no_dist=True)
-    checkpoint["state_dict"] = {}
-    states: dict[str, dict[str, Any]] = {}
-    for name, tensor in tensors.items():
-        part, _, rest = name.partition(".")
-        if name.startswith(_MODELS):
-            checkpoint["state_dict"][rest] = tensor
-        else:  # optimizer_0.state.NAME.lookahead_fast
-            parameter, _, entry = rest.removeprefix("state.").rpartition(".")
-            states.setdefault(part, {})[parameter] = {entry: tensor}
-    checkpoint["optimizer_states"] = [{"state": states[part]} for part in sorted(states)]
+    states: dict[str, Any] = {}
+    for full, ((at, part, entry, name), _) in ours.items():
+        states.setdefault(at, {}).setdefault(part, {}).setdefault(entry, {})[name] = tensors[full]
+    checkpoint["state_dict"] = {name.partition(".")[2]: tensors[name] for name in entries}
+    checkpoint["optimizer_states"] = [{SHARDS: states}]
     return checkpoint
 
 
-def read_checkpoint(path: str | os.PathLike[str], *, weights_only: bool) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU: a file, or of a folder of shards the weights and what the optimizers carry."""
+def _check_there(path: str | os.PathLike[str]) -> None:
+    if not str(path):
+        message = "path is empty: give the path of a checkpoint."
+        raise ValueError(message)
     if not Path(path).exists():
         message = f"{path} does not exist."
         raise FileNotFoundError(message)
+
+
+def read_checkpoint(path: str | os.PathLike[str], *, weights_only: bool) -> dict[str, Any]:
+    """Read a checkpoint onto the CPU: a file, or of a folder of shards the weights and what is ours of the rest."""
+    _check_there(path)
     try:
         if Path(path).is_dir():
             checkpoint = _read_shards(Path(path), weights_only=weights_only)
         else:
             checkpoint = torch.load(path, map_location="cpu", weights_only=weights_only)
     except Exception as error:
-        hint = "it holds objects other than tensors, or it is cut short or damaged" if weights_only else "is it whole?"
+        forbidden = _forbidden(error) if weights_only else None
+        file = Path(path) / "meta.pt" if Path(path).is_dir() else Path(path)
+        if forbidden is not None and zipfile.is_zipfile(file) and _damaged_part(file) is None:
+            message = (
+                f"{path} is whole, and holds an object of class {forbidden}, which weights_only=True does not allow."
+                f" If you trust the file, read it with weights_only=False, or allow this class alone:"
+                f" torch.serialization.add_safe_globals([{forbidden.rpartition('.')[2]}])."
+            )
+            raise pickle.UnpicklingError(message) from error
         message = (
-            f"{path} cannot be read as a checkpoint: {hint} ({type(error).__name__}). A checkpoint with objects of"
-            " your own classes (hyperparameters, say) can be read with weights_only=False if you trust it."
+            f"{path} cannot be read as a checkpoint: {_what_is_damaged(file)} ({type(error).__name__}: {error}). Take"
+            " another one: newest_checkpoint(folder) finds the newest that is whole."
         )
         raise ValueError(message) from error
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
@@ -137,11 +228,40 @@ def read_checkpoint(path: str | os.PathLike[str], *, weights_only: bool) -> dict
     return checkpoint
 
 
+def _forbidden(error: Exception) -> str | None:
+    """The class that ``torch.load(weights_only=True)`` has refused, if that is what it says."""
+    found = re.search(
+        r"GLOBAL ([\w.]+) was not an allowed global|Unsupported (?:global|class)[: ]+(?:GLOBAL )?([\w.]+)", str(error)
+    )
+    return (found.group(1) or found.group(2)) if found else None
+
+
+def _what_is_damaged(path: Path) -> str:
+    """In a few words, what is wrong with a file."""
+    if not path.is_file():
+        return f"{path.name} is missing"
+    if not path.stat().st_size:
+        return "it is empty"
+    if not zipfile.is_zipfile(path):
+        return "it is cut off, or no file of torch.save"
+    try:
+        part = _damaged_part(path)
+    except Exception:  # noqa: BLE001 (whatever a damaged archive raises)
+        part = "its list of parts"
+    return (
+        "its shards are not whole"
+        if part is None and path.name == "meta.pt"
+        else f"{part or 'its structure'} is damaged"
+    )
+
+
 def _callback_state(checkpoint: dict[str, Any], path: str | os.PathLike[str]) -> dict[str, Any]:
-    for state in checkpoint.get("callbacks", {}).values():
+    callbacks = checkpoint.get("callbacks", {})
+    for state in callbacks.values() if isinstance(callbacks, dict) else ():
         if isinstance(state, dict) and "lookahead_version" in state:
+            _upgrade(checkpoint, state, path)
             check_saved(state, path)
-            if state["optimizers"] and "names" in state and "optimizer_states" in checkpoint:
+            if state["optimizers"] and all("saved_with" in own for own in state["optimizers"]):
                 return state
     message = (
         f"{path} holds one set of weights and does not say which: it was saved without LookaheadCallback, before"
@@ -149,3 +269,11 @@ def _callback_state(checkpoint: dict[str, Any], path: str | os.PathLike[str]) ->
         " has, or save whole checkpoints."
     )
     raise ValueError(message)
+
+
+def _upgrade(checkpoint: dict[str, Any], state: dict[str, Any], path: str | os.PathLike[str]) -> None:
+    try:
+        upgrade(checkpoint, state)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        message = f"{path} has damaged Lookahead state ({type(error).__name__}: {error}). Take another checkpoint."
+        raise ValueError(message) from error

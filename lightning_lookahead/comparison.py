@@ -19,6 +19,7 @@ from lightning_lookahead._batch_norm import Recalibration, check_recalibrate
 from lightning_lookahead._batches import check_repeatable
 from lightning_lookahead._lightning import AVERAGERS, Callback, DummyLogger, callbacks_of, is_a, root_of
 from lightning_lookahead._module_state import kept_weights, load_whole
+from lightning_lookahead._saving import OTHERS_LOADED
 from lightning_lookahead._undisturbed import undisturbed
 from lightning_lookahead.callback import LookaheadCallback
 from lightning_lookahead.checkpointing import read_checkpoint, weights_in
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from lightning.pytorch import LightningDataModule, LightningModule, Trainer
     from lightning.pytorch.strategies import Strategy
 
-    from lightning_lookahead._carried import Weights
+    from lightning_lookahead._saved_format import Weights
 
 
 @dataclass(frozen=True)
@@ -159,6 +160,9 @@ def _trained(trainer: Trainer, module: LightningModule) -> LookaheadCallback:
         if isinstance(callback, LookaheadCallback) and callback.slow_weights:
             own = set(module.parameters())
             if any(slow.sharded or not own.isdisjoint(slow.values("slow")) for slow in callback.slow_weights):
+                if callback.others_loaded:
+                    message = f"There is one set of weights only: {OTHERS_LOADED}"
+                    raise ValueError(message)
                 return callback
             message = "model is not the module that this Trainer's LookaheadCallback has trained."
             raise ValueError(message)

@@ -35,6 +35,10 @@ class Momentum:
         mode: Which of the three.
         sharded: Whether the parameters are. A reset then writes to the state and removes nothing: what a checkpoint
             of shards does not have, `torch.distributed.checkpoint` does not load.
+        restores: Whether `forget` may be called, which resets, too.
+
+    Attributes:
+        names: First moments that the optimizer keeps, where the mode is ``"pullback"``.
 
     Raises:
         ValueError: If ``mode`` is unknown or would do nothing for this optimizer.
@@ -42,15 +46,19 @@ class Momentum:
     Source: Zhang, Lucas, Hinton, Ba 2019, section 3 and appendix; the official code's ``pullback_momentum``.
     """
 
-    def __init__(self, optimizer: Optimizer, mode: Mode, *, sharded: bool = False) -> None:
+    def __init__(self, optimizer: Optimizer, mode: Mode, *, sharded: bool = False, restores: bool = False) -> None:
         check_choice("pullback_momentum", mode, MODES)
         self.mode = mode
         self.previous: dict[str, dict[Tensor, Tensor]] = {}
         """First moments after the last sync: name -> parameter -> value. Zero if it is not there."""
         self._optimizer = optimizer
         self._sharded = sharded
+        self.names: list[str] = []
         if mode != "none":
             self._check()
+        if sharded and (mode == "reset" or restores):
+            for group in optimizer.param_groups:
+                check_start_anew(optimizer, group, "nonfinite='restore'" if restores else "pullback_momentum='reset'")
 
     def after_sync(self, parameters: Collection[Tensor], alpha: float) -> None:
         """Do it to the state of these parameters."""
@@ -94,9 +102,10 @@ class Momentum:
         """Make the state of these parameters that of a new optimizer, whatever the mode is."""
         for group in self._optimizer.param_groups:
             early = _makes_state_early(self._optimizer, group)
+            as_weights = begins_as_weights(self._optimizer, group) if self._sharded else set()
             for parameter in set(parameters).intersection(group["params"]):
                 if self._sharded:
-                    _start_anew(self._optimizer.state.get(parameter, {}), group)
+                    _start_anew(self._optimizer.state.get(parameter, {}), group, parameter, as_weights)
                     continue
                 self._optimizer.state.pop(parameter, None)
                 if early:
@@ -104,17 +113,10 @@ class Momentum:
 
     def _check(self) -> None:
         """Raise if no group of the optimizer has what this is about."""
-        known = [state_names(self._optimizer, group) for group in self._optimizer.param_groups]
-        wanted = known if self.mode == "reset" else [names.intersection(FIRST_MOMENTS) for names in known]
-        dampened = [group for group in self._optimizer.param_groups if group.get("dampening", 0)]
-        if self._sharded and self.mode == "reset" and dampened:
-            message = (
-                "pullback_momentum='reset' does not work with sharded parameters and an optimizer with dampening, which"
-                " leaves out the first step of a new optimizer: set dampening to 0."
-            )
-            raise ValueError(message)
-        if not any(wanted):
-            what = "state" if self.mode == "reset" else "momentum (momentum_buffer, exp_avg)"
+        known = set().union(*(state_names(self._optimizer, group) for group in self._optimizer.param_groups))
+        self.names = [name for name in FIRST_MOMENTS if name in known and self.mode == "pullback"]
+        if not (known if self.mode == "reset" else self.names):
+            what = "state" if self.mode == "reset" else "momentum as a tensor (momentum_buffer, exp_avg)"
             message = (
                 f"pullback_momentum={self.mode!r} does nothing: {type(self._optimizer).__name__} as it is set keeps no"
                 f" {what}. Give 'none', or the optimizer momentum."
@@ -123,15 +125,74 @@ class Momentum:
 
 
 @torch.no_grad()
-def _start_anew(state: dict[str, Any], group: dict[str, Any]) -> None:
-    """Write to a parameter's state what torch's optimizers begin with."""
+def _start_anew(state: dict[str, Any], group: dict[str, Any], parameter: Tensor, as_weights: Collection[str]) -> None:
+    """Write to a parameter's state what optimizers begin with; entries of these names begin as the weights."""
     first: dict[str, Any] = {"mu": 1.0, "mu_product": 1.0, "eta": group.get("lr"), "step_size": group.get("lr")}
     first["sum"] = group.get("initial_accumulator_value", 0.0)
     for name, value in state.items():
         if isinstance(value, torch.Tensor):
-            value.fill_(first.get(name, 0.0))
+            if name in as_weights:
+                value.copy_(parameter)
+            else:
+                value.fill_(first.get(name, 0.0))
         elif isinstance(value, (int, float)):
             state[name] = type(value)(first.get(name, 0))
+
+
+def check_start_anew(optimizer: Optimizer, group: dict[str, Any], what: str) -> None:
+    """Raise unless `_start_anew` makes this class's state that of a new optimizer, as two steps from there show."""
+    if not _starts_anew(optimizer, group):
+        message = (
+            f"{what} does not work with sharded parameters and {type(optimizer).__name__} as it is set, whose state"
+            " cannot be written back to where it begins: leave it out, or take another optimizer."
+        )
+        raise ValueError(message)
+
+
+def _starts_anew(optimizer: Optimizer, group: dict[str, Any]) -> bool:
+    settings = {**group, "capturable": False, "fused": None, "foreach": None}
+    start = torch.linspace(0.5, 1.5, 4).view(2, 2)
+    gradients = [torch.linspace(-1.0, 2.0, 4).view(2, 2) * factor for factor in (1.0, -0.7, 0.4)]
+    with torch.random.fork_rng(devices=[]):
+        try:
+            used, new = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+            probe = _new(optimizer, settings, used)
+            _step(probe, used, gradients)
+            with torch.no_grad():
+                used.copy_(start)
+            _start_anew(probe.state[used], probe.param_groups[0], used, begins_as_weights(optimizer, group))
+            fresh = _new(optimizer, settings, new)
+            for target, parameter in ((probe, used), (fresh, new)):
+                torch.manual_seed(0)
+                _step(target, parameter, gradients[1:])
+        except Exception:  # noqa: BLE001 (a class that is made or stepped in another way: it cannot be known)
+            return False
+    return torch.equal(used, new)
+
+
+def _step(optimizer: Optimizer, parameter: Tensor, gradients: list[Tensor]) -> None:
+    if hasattr(optimizer, "train"):  # schedule-free optimizers want to be told
+        optimizer.train()
+    sparse = type(optimizer).__name__ == "SparseAdam"
+    for gradient in gradients:
+        parameter.grad = gradient.to_sparse() if sparse else gradient.clone()
+        optimizer.step()
+
+
+def begins_as_weights(optimizer: Optimizer, group: dict[str, Any]) -> set[str]:
+    """Names of the entries of a new optimizer's state that begin as the weights, as schedule-free optimizers' do."""
+    parameter = nn.Parameter(torch.linspace(0.5, 1.5, 4).view(2, 2))
+    start = parameter.detach().clone()
+    with torch.random.fork_rng(devices=[]):
+        try:
+            probe = _new(
+                optimizer, {**group, "lr": 0.0, "capturable": False, "fused": None, "foreach": None}, parameter
+            )
+            _step(probe, parameter, [torch.zeros(2, 2)])
+        except Exception:  # noqa: BLE001 (a class that is made in another way)
+            return set()
+    own = probe.state[parameter]
+    return {name for name, value in own.items() if isinstance(value, torch.Tensor) and torch.equal(value, start)}
 
 
 def _dummy() -> nn.Parameter:
@@ -154,13 +215,14 @@ def _makes_state_early(optimizer: Optimizer, group: dict[str, Any]) -> bool:
 
 
 def state_names(optimizer: Optimizer, group: dict[str, Any]) -> set[str]:
-    """What an optimizer keeps of a parameter, found out by a step of another one like it."""
+    """Names of the tensors and numbers that an optimizer keeps of a parameter, found out by a step of one like it."""
     parameter = _dummy()
     sparse = type(optimizer).__name__ == "SparseAdam"
     parameter.grad = torch.zeros(2, 2).to_sparse() if sparse else torch.zeros(2, 2)
     try:
         probe = _new(optimizer, {**group, "capturable": False, "fused": None, "foreach": None}, parameter)
         probe.step(lambda: 0.0)
+        own = dict(probe.state[parameter])
     except Exception:  # noqa: BLE001 (a class that is made in another way: believe what was asked for)
         return {*FIRST_MOMENTS, "exp_avg_sq"}
-    return {name for name, value in probe.state[parameter].items() if value is not None}
+    return {name for name, value in own.items() if value is not None and not isinstance(value, dict)}

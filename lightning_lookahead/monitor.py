@@ -131,7 +131,9 @@ class InnerOuterMonitor:
         if self.save_csv and not trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by a part of the Trainer
             self._file = Path(trainer.log_dir or trainer.default_root_dir) / "inner_outer.csv"
             self._write(trainer, self.history, new=True)
-        if slow.steps_since_sync == 0:
+        if self.history and self.history[-1].step >= slow.steps:
+            return  # a run that goes on: this step was evaluated before it was saved
+        if slow.at_sync:
             self.after_sync(trainer, slow)
         elif self._window.has_step(slow.steps, slow.syncs):  # the run was stopped before it was evaluated
             self._evaluate(trainer, "inner")
@@ -149,12 +151,9 @@ class InnerOuterMonitor:
 
     def publish(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Show what is new; draw a window that is over."""
-        records, self._published = self.history[self._published :], len(self.history)
-        name = self._evaluation.name
-        _records.log(trainer, records, name)
+        records = self._send(trainer)
         if not trainer.barebones:
-            _records.show(pl_module, records, name)
-        self._write(trainer, records, new=False)
+            _records.show(pl_module, records, self._evaluation.name)
         finished, self._window.finished = self._window.finished, None
         if finished is not None:
             self._draw(trainer, finished)
@@ -162,7 +161,8 @@ class InnerOuterMonitor:
             self._ready = []
 
     def end(self, trainer: Trainer) -> None:
-        """Let go of the data; draw a window that training has ended in."""
+        """Send on what is new, let go of the data, and draw a window that training has ended in."""
+        self._send(trainer)
         self._ready = []
         if self._window.is_open(self._steps):
             self._draw(trainer, self._window.steps)
@@ -191,6 +191,13 @@ class InnerOuterMonitor:
         return batches
 
     # -- showing
+
+    def _send(self, trainer: Trainer) -> list[Record]:
+        """Send what is new to the loggers and the file; return it."""
+        records, self._published = self.history[self._published :], len(self.history)
+        _records.log(trainer, records, self._evaluation.name)
+        self._write(trainer, records, new=False)
+        return records
 
     def _write(self, trainer: Trainer, records: list[Record], *, new: bool) -> None:
         if self._file is not None and trainer.is_global_zero and not _records.write(self._file, records, new=new):

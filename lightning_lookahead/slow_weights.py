@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import weakref
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch.nn.parallel import DistributedDataParallel
 
-from lightning_lookahead._both import BothWeights
 from lightning_lookahead._buffers import SlowBuffers, check_statistics
 from lightning_lookahead._checks import (
     NONFINITE,
@@ -17,31 +18,34 @@ from lightning_lookahead._checks import (
     check_start,
     check_weights,
 )
-from lightning_lookahead._cycles import Cycle, Cycles
+from lightning_lookahead._cycles import Cycle, Cycles, keep_settings
 from lightning_lookahead._finite import all_finite
-from lightning_lookahead._inner_steps import is_rehearsal
+from lightning_lookahead._inner_steps import InnerSteps, is_rehearsal, step_hooks_of
+from lightning_lookahead._names import unwrapped
 from lightning_lookahead._numbers import check_choice
-from lightning_lookahead._sharding import is_sharded
-from lightning_lookahead._tensors import copy_, distance, not_finite
+from lightning_lookahead._persistence import Persistence
+from lightning_lookahead._saved_format import GROUP_SETTINGS
+from lightning_lookahead._sharding import BackwardSeen, is_sharded, reshard
+from lightning_lookahead._tensors import bit_sum, copy_, distance, local, not_finite
 from lightning_lookahead._tracked import Tracked, parameters_of
 from lightning_lookahead.adaptive import AdaptiveAlpha, TrainingLoss
 from lightning_lookahead.momentum import Mode, Momentum, state_names
 from lightning_lookahead.step_size import Length, StepSize, alpha_at, describe
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from torch import Tensor, nn
     from torch.optim import Optimizer
 
-    from lightning_lookahead._carried import Weights
     from lightning_lookahead._pairs import Pairs
+    from lightning_lookahead._saved_format import Weights
 
 
 Nonfinite = Literal["raise", "skip", "restore"]
 
 
-class SlowWeights(BothWeights):
+class SlowWeights:
     """The outer loop of Lookahead around one optimizer: one slow tensor per trained parameter.
 
     Every ``k`` inner steps the slow weights go part of the way to the fast ones, and the fast ones are put there::
@@ -53,22 +57,24 @@ class SlowWeights(BothWeights):
     from the weights before the first step. An inner step is one that moved weights: a call of ``optimizer.step()``
     that a gradient scaler skipped, or before which no parameter had a gradient, does not count.
 
-    The set of weights that the parameters do not hold travels in ``optimizer.state_dict()``. To resume, save the
-    model, the optimizer and this object, outside of `use`; build the three anew and load each one's ``state_dict``, in
-    any order.
+    Its ``state_dict`` holds the set of weights that the parameters do not hold; the optimizer's is what it is without
+    this object. To resume, save the model, the optimizer and this object; build the three anew and load each one's
+    ``state_dict``, in any order.
 
     Args:
         optimizer: The inner optimizer, any `torch.optim.Optimizer`. Its parameters must be where they will be trained
-            (device, shard). Parameters that need no gradient are left alone, until they do; added ones join.
+            (device, shard). Parameters that need no gradient are left alone, until they do; added ones join. Any
+            number of them may be frozen, also all.
         k: Inner steps from one sync to the next; at least 1. A function makes it of the number of syncs done, see
             `lightning_lookahead.Linear` and its like. A group's own ``"lookahead_k"`` goes before it.
         alpha: Slow weights step size, the fraction of the way to go, in (0, 1]. 1 leaves the inner optimizer as it is.
             Or a function as for ``k``; a group's own ``"lookahead_alpha"`` goes before it.
-        module: The module that the parameters belong to, as FSDP or a `Fabric` returned it. Needed if they are sharded.
+        module: The module that the parameters belong to, as FSDP or a `Fabric` returned it: its names are those of the
+            ``state_dict``. Needed if they are sharded.
         sync_in_step: Sync by itself at the end of the k-th ``optimizer.step()``; ``False`` leaves it to the caller,
             who calls `sync` when `due`.
-        model_weights: The weights that the model's own ``state_dict`` holds in checkpoints; ``optimizer.state_dict()``
-            carries the others. ``None``: those that the parameters hold when it is called.
+        model_weights: The weights that the model's own ``state_dict`` holds in checkpoints; this one's holds the
+            others. ``None``: those that the parameters hold when it is called.
         start_step: Inner steps before the first cycle begins; until then phi is theta.
         exclude: Parameters to leave alone.
         pullback_momentum: What a sync does to the optimizer's state, see `lightning_lookahead.momentum.Momentum`:
@@ -88,9 +94,8 @@ class SlowWeights(BothWeights):
 
     Raises:
         TypeError: If ``optimizer`` is not a torch optimizer.
-        ValueError: If ``k`` or ``alpha`` is out of range, the optimizer trains no parameter, has parameters without
-            values, has slow weights already, or is itself a Lookahead wrapper; if a mode is unknown or would do
-            nothing.
+        ValueError: If ``k`` or ``alpha`` is out of range, the optimizer has parameters without values, has slow weights
+            already, or contains Lookahead itself; if a mode is unknown or would do nothing.
 
     Example:
         >>> import torch, warnings
@@ -189,19 +194,37 @@ class SlowWeights(BothWeights):
         if buffers == "sync":
             check_statistics(module, "buffers='sync'")
         sharded = _check_parameters(optimizer, module)
-        tracked = Tracked(optimizer, list(exclude), check_dtype(slow_dtype), check_device(slow_device))
-        if not tracked.kept:
-            message = "optimizer trains no parameter: none of its parameters has requires_grad=True."
-            raise ValueError(message)
-        super().__init__(
+        self.optimizer = optimizer
+        self.k = k
+        self.alpha = alpha
+        self.buffers = SlowBuffers(module) if module is not None and buffers == "sync" else None
+        """Slow BatchNorm statistics, if there are any."""
+        self._tracked = Tracked(optimizer, list(exclude), check_dtype(slow_dtype), check_device(slow_device))
+        self._cycles = Cycles(optimizer, k, alpha, check_start(start_step))
+        self._inner_steps = InnerSteps()
+        self._momentum = Momentum(optimizer, pullback_momentum, sharded=sharded, restores=nonfinite == "restore")
+        self._sharded = module if sharded else None
+        self._start_step = start_step
+        self._started = False  # until the first step of the first cycle phi follows the parameters
+        self._frozen: list[Tensor] | None = None  # at the last step of a cycle
+        self._backward_seen = (
+            BackwardSeen(module, parameters_of(optimizer))
+            if module is not None and BackwardSeen.needed(module, parameters_of(optimizer))
+            else None
+        )
+        self._looked = False  # whether both sets were in their places since something was loaded
+        self._followed = False  # whether phi has followed the parameters
+        self._persistence = Persistence(
             optimizer,
             k,
             alpha,
-            tracked=tracked,
-            cycles=Cycles(optimizer, k, alpha, check_start(start_step)),
-            momentum=Momentum(optimizer, pullback_momentum, sharded=sharded),
-            buffers=SlowBuffers(module) if module is not None and buffers == "sync" else None,
-            sharded=module if sharded else None,
+            tracked=self._tracked,
+            cycles=self._cycles,
+            inner_steps=self._inner_steps,
+            momentum=self._momentum,
+            buffers=self.buffers,
+            module=module,
+            sharded=sharded,
             model_weights=model_weights,
             start_step=start_step,
         )
@@ -218,8 +241,7 @@ class SlowWeights(BothWeights):
         self._measure_distance = measure_distance
         if isinstance(alpha, AdaptiveAlpha):
             self._check_adaptive(alpha)
-        self._step_hooks: list[Any] = []
-        self._state_hooks: list[Any] = []
+        self._hooks: list[Any] = []
         self._hook()
 
     def _check_adaptive(self, alpha: AdaptiveAlpha) -> None:
@@ -236,7 +258,145 @@ class SlowWeights(BothWeights):
         settings = f"k={describe(self.k)}, alpha={describe(self.alpha)}"
         return f"SlowWeights({type(self.optimizer).__name__}, {settings}, syncs={self.syncs})"
 
+    # -- either set
+
+    @property
+    def holds(self) -> Weights:
+        """Which weights the parameters hold now; the other set is kept here."""
+        return self._tracked.holds
+
+    @property
+    def sharded(self) -> bool:
+        """Whether the parameters are spread over ranks; each then keeps its own piece of both sets."""
+        return self._sharded is not None
+
+    def put(self, weights: Weights) -> None:
+        """Let the parameters hold ``weights`` from now on, in place: `data_ptr` and `Parameter` stay.
+
+        Right after a sync both sets are one: what was written into the parameters since belongs to both.
+        """
+        check_weights(weights)
+        self._settle()
+        if self._sharded is not None:
+            reshard(self._sharded)
+        # After a fit Lightning moves the module to the CPU; what is kept here follows.
+        self._tracked.follow()
+        other = weights != self.holds
+        self._tracked.put(weights, synced=self._synced)
+        if self.buffers is not None and other:
+            self.buffers.exchange()
+
+    @contextmanager
+    def use(self, weights: Weights) -> Iterator[None]:
+        """Let the parameters hold ``weights`` inside the ``with`` block, and what they held before after it."""
+        before = self.holds
+        self.put(weights)
+        try:
+            yield
+        finally:
+            self.put(before)
+
+    def values(self, weights: Weights) -> dict[Tensor, Tensor]:
+        """Each trained parameter and its value in ``weights``: live tensors, not copies.
+
+        Slow weights of low precision parameters are of ``slow_dtype``, also while the parameters hold them, rounded.
+        """
+        check_weights(weights)
+        self._settle()
+        if weights == "slow" and self._synced:
+            self._tracked.adopt()
+        return self._tracked.values(weights)
+
+    def fingerprint(self) -> int:
+        """A sum over the bits of the weights that the parameters hold, on this rank: of other weights it is another."""
+        return sum(int(bit_sum(*local([parameter]))) for parameter in self._tracked.kept)
+
+    @property
+    def _synced(self) -> bool:
+        """Whether no inner step was taken since the last sync."""
+        return not any(self._since(cycle) for cycle in self._cycles)
+
+    # -- saving and restoring
+
+    def state_dict(self, *, whole: bool = False) -> dict[str, Any]:
+        """The set of weights that the model's own ``state_dict`` does not hold, by parameter name, and the counts.
+
+        Whatever the history, the same keys: `torch.distributed.checkpoint` can load into it.
+
+        Args:
+            whole: Of sharded weights, gather whole tensors on the first rank, for a file that this rank writes alone,
+                as `Fabric.save` does with all that is neither module nor optimizer. By default each rank has its
+                shards, for `torch.distributed.checkpoint`. Either loads with any number of ranks.
+        """
+        self.values("slow")  # both sets have to be in their places
+        return self._persistence.state_dict(whole=whole, lean=False)
+
+    def lean_state_dict(self, *, whole: bool = False) -> dict[str, Any]:
+        """What `state_dict` returns without the tensors that the model's own ``state_dict`` gives."""
+        self.values("slow")
+        return self._persistence.state_dict(whole=whole, lean=not self.sharded)
+
+    def counters(self) -> dict[str, Any]:
+        """What `state_dict` returns without a tensor."""
+        return self._persistence.counters()
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What a state that is loaded is compared with."""
+        return self._persistence.settings
+
+    def load_state_dict(self, state_dict: dict[str, Any], model: Mapping[str, Any] | None = None) -> None:
+        """Go on where the saved one was; ``k`` and ``alpha`` stay as they were given, with a warning if they differ.
+
+        The weights take their places when they are first used, as the model may be loaded later.
+
+        Args:
+            state_dict: What `state_dict` returned, with tensors of any number of ranks, whole or in shards.
+            model: The model's ``state_dict`` that was saved with it and has been loaded, if it is at hand: to compare
+                with, instead of with the parameters.
+
+        Raises:
+            ValueError: If it is damaged or of another model; nothing is changed then.
+        """
+        self._persistence.load_state_dict(state_dict)
+        if model is not None:
+            self._persistence.compare(model)
+        self._started = self._looked = self._followed = False
+        self._tracked.end_swap()
+        if self.waits:  # the model was loaded before
+            self._settle()
+
+    @property
+    def waits(self) -> bool:
+        """Whether something was loaded that waits for the model to be loaded, too, and now can take its place."""
+        return self._persistence.pending is not None and self._persistence.pending.fits
+
+    def _settle(self) -> None:
+        """Make both sets what they have to be before anything looks at them or moves them."""
+        waits = self._persistence.pending is not None
+        if self.holds == "slow" or (self._started and not waits):
+            return
+        if self._sharded is not None:
+            reshard(self._sharded)
+        self._looked = True
+        if waits:
+            self._persistence.place()
+            return
+        self._tracked.update_if_other()
+        self._tracked.start()
+        if self.buffers is not None and (not self._followed or self._start_step):  # later the first forward moved them
+            self.buffers.start()
+        self._followed = True
+
     # -- counting
+
+    @property
+    def steps(self) -> int:
+        """Inner steps taken so far. May read one number from the device if a fused optimizer and a scaler are used."""
+        return self._inner_steps.total
+
+    def _since(self, cycle: Cycle) -> int:
+        return max(self.steps - cycle.begins, 0)
 
     @property
     def syncs(self) -> int:
@@ -247,6 +407,11 @@ class SlowWeights(BothWeights):
     def steps_since_sync(self) -> int:
         """Inner steps since the last sync, of the group that waits longest; reads as `steps` does."""
         return max(self._since(cycle) for cycle in self._cycles)
+
+    @property
+    def at_sync(self) -> bool:
+        """Whether theta is phi: training has not begun, or no inner step was taken since a sync."""
+        return self._synced and (not self.steps or any(cycle.syncs for cycle in self._cycles))
 
     @property
     def changes_alpha(self) -> bool:
@@ -261,8 +426,11 @@ class SlowWeights(BothWeights):
     def _ended(self) -> list[Cycle]:
         return [cycle for cycle in self._cycles if self._inner_steps.reached(cycle.ends)]
 
-    def _before_step(self, optimizer: Optimizer, *_: object) -> None:
+    def _before_step(self, optimizer: Optimizer, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
         if is_rehearsal(optimizer):
+            return
+        has_closure = named.get("closure") is not None or len(arguments) > 1
+        if not self._inner_steps.begin(optimizer, moves=not has_closure and self._has_gradient()):
             return
         if self.holds == "slow":
             message = (
@@ -271,16 +439,40 @@ class SlowWeights(BothWeights):
             )
             raise RuntimeError(message)
         if not self._started:
-            begins = self._inner_steps.reached(self._start_step)
-            if begins or not self._looked:
-                self._settle()
-            self._started = self._started or begins
+            self._begin(has_closure=has_closure)
         if self._tracked.update_if_more():
             self._cycles.update(max(self.steps, self._start_step))
-        self._inner_steps.begin()
+        if any(self._inner_steps.counted + 1 >= cycle.ends for cycle in self._cycles):
+            # Later it may be another optimizer's turn, for which this one's parameters need no gradient.
+            self._frozen = _frozen(self._tracked.kept)
+
+    def _has_gradient(self) -> bool:
+        if self._backward_seen is not None:
+            return self._backward_seen.since_last
+        return any(parameter.grad is not None for parameter in self._tracked.listed)
+
+    def _begin(self, *, has_closure: bool) -> None:
+        """Begin, or go on with, training: what was loaded takes its place for good."""
+        pending = self._persistence.pending
+        if pending is not None and not has_closure and not pending.in_place:
+            message = (
+                "The model was loaded with its slow weights after SlowWeights.load_state_dict, and a step was taken"
+                " at once: its gradient is not that of the fast weights. Call put('fast') when all is loaded, or load"
+                " SlowWeights last, or give it the module."
+            )
+            raise RuntimeError(message)
+        begins = self._inner_steps.reached(self._start_step)
+        if begins or not self._looked or pending is not None:
+            self._settle()
+        self._persistence.pending = None
+        self._started = begins if pending is None else pending.begun or begins
 
     def _after_step(self, optimizer: Optimizer, *_: object) -> None:
-        counted = self._inner_steps.end(optimizer, self._tracked.stepped)
+        if is_rehearsal(optimizer):
+            return
+        counted = self._inner_steps.end(optimizer, moved=self._has_gradient())
+        if self._backward_seen is not None:
+            self._backward_seen.since_last = False
         if counted and self._fetches and self._inner_steps.counted + 1 in {c.ends for c in self._cycles}:
             self._tracked.prepare()
         if counted and self._sync_in_step and self.due:
@@ -306,7 +498,12 @@ class SlowWeights(BothWeights):
         self._cycles.update(max(self.steps, self._start_step))
         ended = self._ended() or list(self._cycles)
         own = {cycle: self._cycles.of(cycle, self._tracked.kept) for cycle in ended}
-        moving = {cycle: _trained(kept) for cycle, kept in own.items()}
+        frozen = set(_frozen(self._tracked.kept) if self._frozen is None else self._frozen)
+        self._frozen = None
+        moving = {
+            cycle: {p: slow for p, slow in kept.items() if p not in frozen} if frozen else kept
+            for cycle, kept in own.items()
+        }
         pairs = {cycle: self._tracked.pairs(trained) for cycle, trained in moving.items()}
         finite = {
             cycle: all_finite(paired, self._nonfinite, self._name, sharded=self.sharded)
@@ -323,8 +520,8 @@ class SlowWeights(BothWeights):
                 self._momentum.forget(trained)  # what made the weights infinite is in there, too
                 if self.buffers is not None:
                     copy_(self.buffers.live, self.buffers.kept)
-            frozen = [] if trained is kept else [parameter for parameter in kept if not parameter.requires_grad]
-            copy_([kept[parameter] for parameter in frozen], frozen)
+            still = [parameter for parameter in kept if parameter in frozen] if frozen else []
+            copy_([kept[parameter] for parameter in still], still)
             cycle.begins = max(self.steps, self._start_step)
 
     def _move(self, cycle: Cycle, trained: dict[Tensor, Tensor], pairs: Pairs) -> None:
@@ -359,46 +556,77 @@ class SlowWeights(BothWeights):
 
     @property
     def counting(self) -> bool:
-        """Whether steps are counted and synced: from the start until `stop`."""
-        return bool(self._step_hooks)
-
-    def stop(self) -> None:
-        """Stop counting and syncing: training is over. Both sets of weights stay, also in checkpoints."""
-        _remove(self._step_hooks)
+        """Whether steps are counted and synced: from the start until `close`."""
+        return bool(self._hooks)
 
     def close(self) -> None:
-        """Let go of the optimizer altogether; its ``state_dict`` no longer carries a second set."""
-        self.stop()
-        _remove(self._state_hooks)
+        """Let go of the optimizer: stop counting and syncing. Both sets of weights stay here."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        if self._backward_seen is not None:
+            self._backward_seen.close()
 
     def _hook(self) -> None:
         optimizer = self.optimizer
-        self._step_hooks = [
+        self._own: list[dict[str, Any]] = []  # the groups' settings, while a state is loaded into the optimizer
+        self._hooks = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
+            optimizer.register_load_state_dict_pre_hook(self._before_load),
+            optimizer.register_load_state_dict_post_hook(self._after_load),
         ]
-        self._state_hooks = [
-            optimizer.register_state_dict_post_hook(self._pack),
-            optimizer.register_load_state_dict_pre_hook(self._unpack),
+        if self._module is not None and self._sync_in_step:
+            module: Any = unwrapped(self._module)
+            self._hooks.append(module.register_load_state_dict_post_hook(WhenLoaded(self)))
+
+    def _before_load(self, optimizer: Optimizer, _: object) -> None:
+        self._own = [
+            {name: group[name] for name in GROUP_SETTINGS if name in group} for group in optimizer.param_groups
         ]
+
+    def _after_load(self, optimizer: Optimizer) -> None:
+        """Torch takes a group's further keys from the file; k and alpha are this run's."""
+        keep_settings(optimizer, self._own)
 
     def __getstate__(self) -> dict[str, Any]:
         # An optimizer leaves its hooks behind when it is copied or pickled, and so does this object.
-        return {**self.__dict__, "_step_hooks": len(self._step_hooks), "_state_hooks": len(self._state_hooks)}
+        return {**self.__dict__, "_hooks": bool(self._hooks)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        counting, saving = state["_step_hooks"], state["_state_hooks"]
-        self.__dict__.update(state)
-        self._hook()
-        if not counting:
-            _remove(self._step_hooks)
-        if not saving:
-            _remove(self._state_hooks)
+        counting = state["_hooks"]
+        self.__dict__.update({**state, "_hooks": []})
+        if counting:
+            self._hook()
+
+
+class WhenLoaded:
+    """Tells a `SlowWeights` that its module was loaded; nothing, where module or hook have been copied or pickled."""
+
+    def __init__(self, slow: SlowWeights) -> None:
+        self._slow = weakref.ref(slow)
+
+    def __call__(self, *_: object) -> None:
+        """Put the fast weights in their place, if they wait for it."""
+        slow = self._slow()
+        if slow is not None and slow.waits:
+            slow.put("fast")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _no_one_is_told, ()
+
+
+def _no_one_is_told() -> Callable[..., None]:
+    return _nothing
+
+
+def _nothing(*_: object) -> None:
+    pass
 
 
 def _check_parameters(optimizer: Optimizer, module: nn.Module | None) -> bool:
     """Return whether the optimizer's parameters are sharded; raise if they cannot have slow weights."""
-    if any(isinstance(getattr(hook, "__self__", None), SlowWeights) for hook in _state_hooks_of(optimizer)):
+    if any(isinstance(getattr(hook, "__self__", None), SlowWeights) for hook in step_hooks_of(optimizer)):
         message = "optimizer has slow weights already, which would pull back twice: close() those first."
         raise ValueError(message)
     check_materialized(parameters_of(optimizer))
@@ -409,18 +637,6 @@ def _check_parameters(optimizer: Optimizer, module: nn.Module | None) -> bool:
     return sharded
 
 
-def _trained(kept: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
-    """Those that are not frozen now."""
-    if all([parameter.requires_grad for parameter in kept]):  # noqa: C419 (twice as fast as one by one)
-        return kept
-    return {parameter: slow for parameter, slow in kept.items() if parameter.requires_grad}
-
-
-def _state_hooks_of(optimizer: Optimizer) -> list[Any]:
-    return list(optimizer._optimizer_state_dict_post_hooks.values())
-
-
-def _remove(hooks: list[Any]) -> None:
-    for hook in hooks:
-        hook.remove()
-    hooks.clear()
+def _frozen(kept: dict[Tensor, Tensor]) -> list[Tensor]:
+    """Those that need no gradient now."""
+    return [parameter for parameter in kept if not parameter.requires_grad]

@@ -1,7 +1,9 @@
 """What the tests of the callback train: a tiny module, its reference without Lightning, and a quiet Trainer."""
 
+import csv
 import os
 import sys
+from pathlib import Path
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -83,6 +85,12 @@ def leave():
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
+
+
+def logged_by(logger):
+    """The rows of a `CSVLogger`."""
+    with (Path(logger.log_dir) / "metrics.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def equal(left, right):

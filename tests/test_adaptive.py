@@ -125,7 +125,7 @@ def test_a_parameter_that_the_loss_does_not_reach_counts_as_flat():
 def fit(alpha, model=None, steps=8, ckpt_path=None, **settings):
     torch.manual_seed(7)
     model = model or Classifier(batches=12)
-    callback = LookaheadCallback(k=3, alpha=alpha)
+    callback = LookaheadCallback(k=3, alpha=alpha, log_syncs=True)
     trainer = make_trainer(callback, max_steps=steps, max_epochs=9, **settings)
     trainer.fit(model, ckpt_path=ckpt_path)
     return trainer, model, callback

@@ -346,11 +346,6 @@ def test_the_callback_can_be_copied_and_pickled_with_it():
 # -- where it is shown
 
 
-def logged_by(logger):
-    with (Path(logger.log_dir) / "metrics.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def test_every_logger_gets_every_value_and_the_progress_bar_the_latest():
     table, board = CSVLogger(".", name="table"), TensorBoardLogger(".", name="board")
     monitor = InnerOuterMonitor(updates=6)

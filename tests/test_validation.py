@@ -12,7 +12,7 @@ from runs import Regression, both, equal, make_trainer, reference
 from torch.optim.swa_utils import update_bn
 from torch.utils.data import DataLoader
 
-from lightning_lookahead import LookaheadCallback, load_weights
+from lightning_lookahead import LookaheadCallback, compare_weights, load_weights
 
 
 def last_loss(weights):
@@ -73,7 +73,7 @@ def test_validation_within_a_cycle_runs_on_the_chosen_weights_and_leaves_the_run
         assert losses[index] == last_loss(expected)
         assert equal(hooks["start"][index], expected)
         assert equal(hooks["epoch_end"][index], expected)
-        assert equal(hooks["end"][index], theta)
+        assert equal(hooks["end"][index], expected)
     assert equal(both(callback, module)[0], reference(10)[0])
     assert equal(both(callback, module)[1], reference(10)[1])
 
@@ -86,7 +86,7 @@ def test_every_callback_sees_the_slow_weights_wherever_it_stands_in_the_list():
     for seen in (before, after):
         assert equal(seen.weights["on_validation_start", 4], phi)
         assert equal(seen.weights["on_validation_epoch_end", 4], phi)
-        assert equal(seen.weights["on_validation_end", 4], theta)
+        assert equal(seen.weights["on_validation_end", 4], phi)
         assert equal(seen.weights["on_train_batch_end", 3], reference(3)[1])
 
 
@@ -160,15 +160,37 @@ def test_the_best_checkpoint_validated_again_gives_the_logged_score():
     assert scores["val_loss"] == best.best_model_score.item()
 
 
-def test_validating_the_best_checkpoint_with_the_trainer_that_fitted_uses_its_weights_and_keeps_both_sets():
+def test_validating_the_best_checkpoint_with_the_trainer_that_fitted_uses_its_weights():
     callback, best, module = LookaheadCallback(k=3), ModelCheckpoint(".", monitor="val_loss"), Regression()
     trainer = make_trainer(callback, best, max_epochs=3, limit_val_batches=1)
     trainer.fit(module)
-    theta = both(callback, module)[0]
     (scores,) = trainer.validate(module, ckpt_path="best", verbose=False)
     assert scores["val_loss"] == best.best_model_score.item()
-    assert equal(both(callback, module)[0], theta)
     assert callback.slow_weights[0].steps == 15
+
+
+@pytest.mark.parametrize("eval_weights", ["slow", "fast"])
+def test_two_sets_of_different_runs_are_never_mixed_after_other_weights_were_loaded(eval_weights):
+    callback, module = LookaheadCallback(k=3, eval_weights=eval_weights), Regression()
+    every = ModelCheckpoint(".", "{step}", every_n_train_steps=1, save_top_k=-1)
+    trainer = make_trainer(callback, every, max_steps=8, limit_val_batches=1)
+    trainer.fit(module)
+    left = module.weights()
+    both(callback, module)  # nothing was loaded yet
+    trainer.validate(module, ckpt_path="step=4.ckpt", verbose=False)
+    loaded = module.weights()
+    for ask in (callback.use_weights("slow").__enter__, lambda: compare_weights(trainer, module)):
+        with pytest.raises(
+            (RuntimeError, ValueError), match="does not hold the weights that the fit has left.*ckpt_path="
+        ):
+            ask()
+    with pytest.warns(UserWarning, match="has one set of weights only: the module does not hold"):
+        trainer.save_checkpoint("mixed.ckpt")
+    assert equal(torch.load("mixed.ckpt", weights_only=True)["state_dict"].values(), loaded)
+    with pytest.raises(ValueError, match="holds one set of weights"):
+        load_weights("mixed.ckpt", "fast")
+    module.load_state_dict(dict(zip(module.state_dict(), left, strict=True)))  # those of the fit again
+    assert equal(both(callback, module)[0], reference(8)[0])
 
 
 def test_use_weights_inside_validation_and_after_an_exception():

@@ -1,0 +1,56 @@
+"""Which random cases are run, and what is said of one that fails."""
+
+import os
+import random
+
+
+def seeds(few):
+    """By default the same few; ``LOOKAHEAD_RANDOM_RUNS`` new ones, or ``LOOKAHEAD_RANDOM_SEED`` once more."""
+    if "LOOKAHEAD_RANDOM_SEED" in os.environ:
+        return [int(os.environ["LOOKAHEAD_RANDOM_SEED"])]
+    if "LOOKAHEAD_RANDOM_RUNS" in os.environ:
+        # With pytest-xdist every process has to find the same tests.
+        source = random.Random(os.environ.get("PYTEST_XDIST_TESTRUNUID") or os.urandom(16))
+        return [source.randrange(2**32) for _ in range(int(os.environ["LOOKAHEAD_RANDOM_RUNS"]))]
+    return list(range(few))
+
+
+def run(check, case, defaults, allowed):
+    """Check a case; if it fails, look for a simpler one that fails in the same way and name it."""
+    try:
+        check(case)
+    except Exception as error:
+        simple = _simplest(check, case, defaults, allowed, type(error))
+        rest = ", ".join(f"{name}={value!r}" for name, value in simple.items() if value != defaults[name])
+        error.add_note(f"Fails in the same way, everything else by default: {rest or 'the default itself'}")
+        raise
+
+
+def _simplest(check, case, defaults, allowed, kind):
+    simple, changed = dict(case), True
+    while changed:
+        changed = False
+        for simpler in _simpler(simple, defaults):
+            if allowed(simpler) and _fails(check, simpler, kind):
+                simple, changed = simpler, True
+                break
+    return simple
+
+
+def _simpler(case, defaults):
+    """The case with one choice fewer, or with one element of a choice fewer."""
+    for name, value in case.items():
+        if value != defaults[name]:
+            yield {**case, name: defaults[name]}
+    for name, value in case.items():
+        if isinstance(value, tuple) and len(value) > 1:
+            for index in range(len(value)):
+                yield {**case, name: value[:index] + value[index + 1 :]}
+
+
+def _fails(check, case, kind):
+    try:
+        check(case)
+    except Exception as error:  # noqa: BLE001 (another kind of failure is not the one that is looked at)
+        return type(error) is kind
+    return False
