@@ -14,6 +14,7 @@ from lightning_lookahead._checks import check_saved, check_weights, warn_of_diff
 from lightning_lookahead._lightning import Callback, writes_folders
 from lightning_lookahead._module_state import state_dict_of_slow
 from lightning_lookahead._names import names_in
+from lightning_lookahead._pruned import make_permanent
 from lightning_lookahead._saved_format import SHARDS, TENSORS, VERSION, Weights, upgrade
 from lightning_lookahead._sharding import detach_aliases
 from lightning_lookahead._shards import load_folder
@@ -54,6 +55,7 @@ class SavingCallback(Callback):
         self._restored: list[dict[str, Any]]  # states from a checkpoint, until there are optimizers for them
         self._restored_model: dict[str, Any]  # the module's own state that came with them
         self._before_loading: dict[str, Tensor]  # the module's state, while a checkpoint is loaded over it
+        self._optimizers_before: list[Any] | None  # the strategy's, before a fit sets up its own
         self.__dict__.update(self._nothing_trained())
 
     def _settings(self) -> dict[str, Any]:
@@ -70,6 +72,7 @@ class SavingCallback(Callback):
             "_restored": [],
             "_restored_model": {},
             "_before_loading": {},
+            "_optimizers_before": None,
         }
 
     def _after_validation(self) -> None:
@@ -83,6 +86,7 @@ class SavingCallback(Callback):
         self.__dict__.update(self._nothing_trained())
         self._aliases = [names for names in names_in(pl_module).values() if len(names) > 1]
         strategy = trainer.strategy
+        self._optimizers_before = strategy.optimizers
         strategy.load_checkpoint = functools.partial(self._load_checkpoint, strategy)  # type: ignore[method-assign]
 
     def _serve_checkpoints(self, strategy: Strategy) -> None:
@@ -94,7 +98,15 @@ class SavingCallback(Callback):
             self._module_state_dict, strategy
         )
         # What comes last in a validation, after the hooks of all callbacks and of the module.
+        strategy.save_checkpoint = functools.partial(self._save_checkpoint, strategy)  # type: ignore[method-assign]
         strategy.on_validation_end = functools.partial(self._on_validation_end, strategy)  # type: ignore[method-assign]
+
+    def _save_checkpoint(self, strategy: Strategy, checkpoint: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        ours = (checkpoint.get("callbacks") or {}).get(self.state_key)
+        module = strategy.lightning_module
+        if ours is not None and ours["optimizers"] and module is not None and "state_dict" in checkpoint:
+            make_permanent(checkpoint["state_dict"], module, ours["optimizers"], self.slow_weights)
+        type(strategy).save_checkpoint(strategy, checkpoint, *args, **kwargs)
 
     def _on_validation_end(self, strategy: Strategy) -> None:
         type(strategy).on_validation_end(strategy)
@@ -164,7 +176,7 @@ class SavingCallback(Callback):
                 check_saved(ours)
                 load_folder(folder, ours["optimizers"], self.slow_weights)
             return checkpoint
-        if not self._before_loading and str(path) == str(module.trainer.ckpt_path):  # a run that is about to begin
+        if strategy.optimizers is self._optimizers_before:  # the run is about to begin: no sweep of a tuner is undone
             state_dict = module.state_dict()
             self._before_loading = dict(zip(state_dict, copies(state_dict.values()), strict=True))
         checkpoint = original(path, *args, **kwargs)

@@ -43,6 +43,7 @@ from lightning_lookahead.step_size import check_length, check_step_size, describ
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
+    from torch.optim import Optimizer
 
     from lightning_lookahead._saved_format import Weights
     from lightning_lookahead.momentum import Mode
@@ -273,6 +274,12 @@ class LookaheadCallback(SavingCallback):
         self._before_loading = {}
 
     @override
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        for slow in self._counting():  # a step that began before training_step may find parameters unfrozen there
+            if slow.optimizer is optimizer:
+                slow.track_new()
+
+    @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -414,7 +421,8 @@ class LookaheadCallback(SavingCallback):
         """Settings alone outside of a fit: libraries keep callbacks among hyperparameters. In a fit, all of it."""
         if self._counting():
             return {**self.__dict__, "_trainer": None}
-        return {**self.__dict__, **self._nothing_trained(), "_trainer": None}
+        kept = {name: value for name, value in self.__dict__.items() if name not in {"log", "log_dict"}}  # the module's
+        return {**kept, **self._nothing_trained(), "_trainer": None}
 
     def _settings(self) -> dict[str, Any]:
         return {

@@ -440,11 +440,15 @@ class SlowWeights:
             raise RuntimeError(message)
         if not self._started:
             self._begin(has_closure=has_closure)
-        if self._tracked.update_if_more():
-            self._cycles.update(max(self.steps, self._start_step))
+        self.track_new()
         if any(self._inner_steps.counted + 1 >= cycle.ends for cycle in self._cycles):
             # Later it may be another optimizer's turn, for which this one's parameters need no gradient.
             self._frozen = _frozen(self._tracked.kept)
+
+    def track_new(self) -> None:
+        """Take in parameters that were added or unfrozen: their slow weights begin where they are now."""
+        if self._tracked.update_if_more():
+            self._cycles.update(max(self.steps, self._start_step))
 
     def _has_gradient(self) -> bool:
         if self._backward_seen is not None:
@@ -464,8 +468,12 @@ class SlowWeights:
         begins = self._inner_steps.reached(self._start_step)
         if begins or not self._looked or pending is not None:
             self._settle()
-        self._persistence.pending = None
-        self._started = begins if pending is None else pending.begun or begins
+        self._go_on(begins=begins)
+
+    def _go_on(self, *, begins: bool) -> None:
+        """Let go of what was loaded: from here on the weights are moved."""
+        pending, self._persistence.pending = self._persistence.pending, None
+        self._started = self._started or begins or (pending is not None and pending.begun)
 
     def _after_step(self, optimizer: Optimizer, *_: object) -> None:
         if is_rehearsal(optimizer):
@@ -494,6 +502,7 @@ class SlowWeights:
             message = "sync() was called while the parameters hold the slow weights: leave use('slow') first."
             raise RuntimeError(message)
         self._settle()
+        self._go_on(begins=self._inner_steps.reached(self._start_step))
         self._tracked.update_if_other()
         self._cycles.update(max(self.steps, self._start_step))
         ended = self._ended() or list(self._cycles)

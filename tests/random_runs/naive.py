@@ -137,7 +137,7 @@ class Outer:
         if weights == "slow":
             self.follow()
             places = {**self.own(), **self.live()}
-            values = {**self.phi, **self.statistics}
+            values = {**(self.phi if self.taken > self.start_step else {}), **self.statistics}
             self.aside = self.clones({name: places[name] for name in values})
         else:
             places, values = {**self.own(), **self.live()}, self.aside
@@ -177,7 +177,7 @@ class NaiveLookahead(Callback):
             norms = pl_module if self.buffers == "sync" and not self.outers else None
             outer = Outer(optimizer, names, norms=norms, **self.options)
             self.outers.append(outer)
-            names = {parameter: name for parameter, name in names.items() if parameter not in outer.listed()}
+            names = {parameter: name for parameter, name in names.items() if parameter not in set(outer.listed())}
             optimizer.register_step_pre_hook(outer.before)
             optimizer.register_step_post_hook(functools.partial(self.after, outer))
 
@@ -218,4 +218,6 @@ class NaiveLookahead(Callback):
             shown[weights] = Outer.clones(pl_module.state_dict())
         for outer, weights in zip(self.outers, held, strict=True):
             outer.put(weights)
-        return {**shown, "phi": Outer.clones({n: p for outer in self.outers for n, p in outer.phi.items()})}
+        phi = {p: outer.phi[n] for outer in self.outers for n, p in outer.own().items() if n in outer.phi}
+        named = pl_module.named_parameters(remove_duplicate=False)
+        return {**shown, "phi": Outer.clones({name: phi[parameter] for name, parameter in named if parameter in phi})}

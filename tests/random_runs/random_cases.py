@@ -17,24 +17,33 @@ def seeds(few):
 
 def run(check, case, defaults, allowed):
     """Check a case; if it fails, look for a simpler one that fails in the same way and name it."""
-    try:
-        check(case)
-    except Exception as error:
-        simple = _simplest(check, case, defaults, allowed, type(error))
-        rest = ", ".join(f"{name}={value!r}" for name, value in simple.items() if value != defaults[name])
-        error.add_note(f"Fails in the same way, everything else by default: {rest or 'the default itself'}")
-        raise
-
-
-def _simplest(check, case, defaults, allowed, kind):
-    simple, changed = dict(case), True
+    error = failure(check, case)
+    if error is None:
+        return
+    simple, changed = case, True
     while changed:
         changed = False
-        for simpler in _simpler(simple, defaults):
-            if allowed(simpler) and _fails(check, simpler, kind):
-                simple, changed = simpler, True
+        for simpler in filter(allowed, _simpler(simple, defaults)):
+            other = failure(check, simpler)
+            if other is not None and _kind(other) == _kind(error):
+                simple, error, changed = simpler, other, True
                 break
-    return simple
+    rest = ", ".join(f"{name}={value!r}" for name, value in simple.items() if value != defaults[name])
+    error.add_note(f"The simplest case found that fails in this way: {rest or 'the default'}")
+    raise error
+
+
+def failure(check, case):
+    """What goes wrong in a case."""
+    try:
+        check(case)
+    except Exception as error:  # noqa: BLE001 (whatever it is)
+        return error
+    return None
+
+
+def _kind(error):
+    return type(error), str(error).split()[:1]
 
 
 def _simpler(case, defaults):
@@ -46,11 +55,3 @@ def _simpler(case, defaults):
         if isinstance(value, tuple) and len(value) > 1:
             for index in range(len(value)):
                 yield {**case, name: value[:index] + value[index + 1 :]}
-
-
-def _fails(check, case, kind):
-    try:
-        check(case)
-    except Exception as error:  # noqa: BLE001 (another kind of failure is not the one that is looked at)
-        return type(error) is kind
-    return False
