@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from lightning_lookahead._numbers import check_choice
 from lightning_lookahead._saved_format import TENSORS, VERSION
+from lightning_lookahead._tensors import checksum
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -92,7 +93,7 @@ def check_materialized(parameters: list[Tensor]) -> None:
 
 
 def check_state(state: object) -> None:
-    """Raise unless this is the state of one outer loop: counts that fit together, and tensors where there may be some."""
+    """Raise unless this is the state of one outer loop: counts that fit together, tensors where there may be some."""
     if not isinstance(state, dict):
         message = f"The saved Lookahead state is {state!r}; it must be a dict of steps, steps_since_sync and syncs."
         raise ValueError(message)  # noqa: TRY004 (it comes from a file)
@@ -117,9 +118,22 @@ def check_state(state: object) -> None:
             message = f"state_dict[{part!r}] is damaged: it must be a dict of dicts of tensors."
             raise ValueError(message)
     sums = state.get("checksums", {})
-    if not isinstance(sums, dict) or not all(type(value) is int for value in sums.values()):
-        message = "state_dict['checksums'] is damaged: it must be a dict of integers."
+    if not isinstance(sums, dict) or not all(_are_integers(values) for values in sums.values()):
+        message = "state_dict['checksums'] is damaged: it must be a dict of dicts of integers."
         raise ValueError(message)
+
+
+def _are_integers(values: object) -> bool:
+    return isinstance(values, dict) and all(type(value) is int for value in values.values())
+
+
+def check_sums(entries: dict[str, dict[str, Tensor]], sums: dict[str, dict[str, int]]) -> None:
+    """Raise if a weight does not have the checksum that it was saved with."""
+    for entry, values in entries.items():
+        for name, value in values.items():
+            if name in sums.get(entry, {}) and checksum(value) != sums[entry][name]:
+                message = f"The {entry} weights of {name!r} are not those that were saved: the file is damaged."
+                raise ValueError(message)
 
 
 def _are_tensors(values: object) -> bool:

@@ -19,15 +19,15 @@ from lightning_lookahead._names import names_in
 from lightning_lookahead._tracked import parameters_of
 
 if TYPE_CHECKING or "pytorch_lightning" not in sys.modules or "lightning.pytorch" in sys.modules:
+    from lightning.fabric.utilities.data import sized_len
     from lightning.pytorch import Callback
     from lightning.pytorch.loggers.logger import DummyLogger
-    from lightning.fabric.utilities.data import sized_len
     from lightning.pytorch.utilities.combined_loader import CombinedLoader
     from lightning.pytorch.utilities.seed import isolate_rng
 else:
+    from lightning_fabric.utilities.data import sized_len
     from pytorch_lightning import Callback
     from pytorch_lightning.loggers.logger import DummyLogger
-    from lightning_fabric.utilities.data import sized_len
     from pytorch_lightning.utilities.combined_loader import CombinedLoader
     from pytorch_lightning.utilities.seed import isolate_rng
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lightning_lookahead._checks import check_dtype, check_entries, check_state, warn_of_differences
+from lightning_lookahead._checks import check_dtype, check_entries, check_state, check_sums, warn_of_differences
 from lightning_lookahead._names import names_in
 from lightning_lookahead._saved_format import OTHER, Weights, joined, slow_dtype, without_words, word_key, words
 from lightning_lookahead._sharding import named_shards, pieces
@@ -182,7 +182,11 @@ class Persistence:
                     for entry, values in entries.items()
                 }
             beside = self._tracked.values(self.saved_with)
-            state["checksums"] = {name: checksum(beside.get(p, p).to(p.dtype)) for p, name in names.items()}
+            sums = {
+                which: {name: checksum(value) for name, value in own.items()} for which, own in state["weights"].items()
+            }
+            sums[self.saved_with] = {name: checksum(beside.get(p, p).to(p.dtype)) for p, name in names.items()}
+            state["checksums"] = sums
         if self._buffers is not None:
             other = OTHER[self.saved_with]
             statistics = self._buffers.live if other == self._tracked.holds else self._buffers.kept
@@ -260,8 +264,10 @@ class Persistence:
             for entry, values in without_words(state.get(part, {}), dtypes).items():
                 check_entries(entry, values, parameters)
                 into[entry] = {parameters[name]: value for name, value in values.items() if name in parameters}
-        sums = state.get("checksums", {})
-        pending.checksums = {parameters[name]: value for name, value in sums.items() if name in parameters}
+        sums, beside = state.get("checksums", {}), state.get("saved_with", self.saved_with)
+        check_sums({which: own for which, own in state.get("weights", {}).items() if which != beside}, sums)
+        own = sums.get(beside, {})
+        pending.checksums = {parameters[name]: value for name, value in own.items() if name in parameters}
         return pending
 
     def _by_piece(self, state: dict[str, Any]) -> Pending:

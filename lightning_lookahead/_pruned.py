@@ -46,11 +46,13 @@ def make_permanent(
         for part in ("weights", "momentum"):
             for entry, values in state.get(part, {}).items():
                 state[part][entry] = {_bare(n, masks): _permanent(n, value, masks) for n, value in values.items()}
-        state["checksums"] = {
-            _bare(name, masks): checksum(state_dict[_bare(name, masks)])
-            for name in state["checksums"]
-            if _bare(name, masks) in state_dict
+        sums = {
+            which: {name: checksum(value) for name, value in own.items()}
+            for which, own in state.get("weights", {}).items()
         }
+        bare = [_bare(name, masks) for name in state["checksums"].get(state["saved_with"], {})]
+        sums[state["saved_with"]] = {name: checksum(state_dict[name]) for name in bare if name in state_dict}
+        state["checksums"] = sums
 
 
 def _permanent(name: str, value: Tensor, masks: Mapping[str, Tensor]) -> Tensor:

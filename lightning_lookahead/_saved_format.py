@@ -15,7 +15,8 @@ The state of one outer loop, what `SlowWeights.state_dict` returns:
 ``momentum``         the inner momentum after the last sync (``pullback_momentum="pullback"``): name of the optimizer's
                      entry -> parameter name -> tensor
 ``statistics``       the other set of BatchNorm statistics (``buffers="sync"``), as ``weights`` are
-``checksums``        parameter name -> CRC-32 of the values in the model's ``state_dict``; empty if they are sharded
+``checksums``        set -> parameter name -> CRC-32 of the values, of what is in the model's ``state_dict`` and of
+                     ``weights``; empty if they are sharded
 ===================  =========================================================================================
 
 Where parameters have no names they go by their place in the optimizer, ``"[0]"``. In a shard, which has the type of its
@@ -125,7 +126,8 @@ def upgrade(checkpoint: dict[str, Any], ours: dict[str, Any]) -> None:
                 state.setdefault(part, {}).setdefault(name, {})[by_key.get(key, key)] = own.pop(entry)
         optimizer["state"] = {key: own for key, own in optimizer["state"].items() if own}
         state["saved_with"] = ours["eval_weights"]
-        state["checksums"] = dict(zip(by_key.values(), state.get("checksums", []), strict=False))
+        sums = dict(zip(by_key.values(), state.get("checksums", []), strict=False))
+        state["checksums"] = {ours["eval_weights"]: sums}
         if "statistics" in state:
             state["statistics"] = {
                 which: dict(zip(statistics[index], values, strict=True))

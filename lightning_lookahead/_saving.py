@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 
 
 OTHERS_LOADED = (
-    "the module does not hold the weights that the fit has left in it (others were loaded since), and the second set is of"
-    " that fit. Both sets of a checkpoint are in the checkpoint: compare_weights(..., ckpt_path=path) or load_weights(path)."
+    "the module does not hold the weights that the fit has left in it (others were loaded since), and the second set is"
+    " of that fit. Both sets of a checkpoint are in it: compare_weights(..., ckpt_path=path) or load_weights(path)."
 )
 
 
@@ -159,9 +159,17 @@ class SavingCallback(Callback):
             state_dict = state_dict_of_slow(original, self.slow_weights)
         if state_dict is None:
             # Sharded, left out, computed from the parameters or swapped: then the weights have to be there for it.
-            with self.use_weights(self.eval_weights), self._recalibration.undone():
+            other = [slow for slow in self.slow_weights if slow.holds != self.eval_weights and slow.buffers is not None]
+            with ExitStack() as stack:
+                for slow in self.slow_weights:
+                    stack.enter_context(slow.use(self.eval_weights, statistics=False))
+                stack.enter_context(self._recalibration.undone())
                 state_dict = original()
                 detach_aliases(state_dict)
+            # The module's own statistics are not written to: a backward may be to come that would notice.
+            for name, value in (pair for slow in other for pair in slow.other_statistics().items()):
+                if name in state_dict:
+                    state_dict[name] = value.to(state_dict[name].device)
         return state_dict
 
     def _load_checkpoint(self, strategy: Strategy, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:

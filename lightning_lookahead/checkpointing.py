@@ -117,6 +117,14 @@ def weights_in(checkpoint: dict[str, Any], weights: Weights, path: str | os.Path
     Raises:
         ValueError: If the checkpoint does not hold both sets, or is damaged.
     """
+    try:
+        return _weights_in(checkpoint, weights, path)
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
+        message = f"{path} has a damaged structure ({type(error).__name__}: {error}). Take another checkpoint."
+        raise ValueError(message) from error
+
+
+def _weights_in(checkpoint: dict[str, Any], weights: Weights, path: str | os.PathLike[str]) -> dict[str, Tensor]:
     saved = _callback_state(checkpoint, path)
     # WeightAveraging puts its average in the place of what the module held, and that beside it.
     state_dict = dict(checkpoint.get("current_model_state", checkpoint["state_dict"]))
@@ -125,7 +133,8 @@ def weights_in(checkpoint: dict[str, Any], weights: Weights, path: str | os.Path
     for at, state in enumerate(saved["optimizers"]):
         own = {**state, **_in_shards(checkpoint, at)}
         sums = own.get("checksums", {})
-        _check_sums({name: state_dict[spelt[name]] for name in sums if name in spelt}, sums, path)
+        beside = {name: state_dict[spelt[name]] for name in sums.get(own["saved_with"], {}) if name in spelt}
+        _check_sums({**own.get("weights", {}), own["saved_with"]: beside}, sums, path)
         dtypes = {
             name: slow_dtype(value.dtype, check_dtype(own.get("slow_dtype"))) for name, value in _tensors(state_dict)
         }
@@ -155,14 +164,18 @@ def _in_shards(checkpoint: dict[str, Any], at: int) -> dict[str, Any]:
     return own
 
 
-def _check_sums(values: dict[str, Any], sums: dict[str, int], path: str | os.PathLike[str]) -> None:
+def _check_sums(
+    entries: dict[str, dict[str, Any]], sums: dict[str, dict[str, int]], path: str | os.PathLike[str]
+) -> None:
     """Raise if a value is not what was saved and the file itself is not, either: others may change it while saving."""
-    wrong = next(
-        (n for n, value in values.items() if isinstance(value, torch.Tensor) and checksum(value) != sums[n]), None
-    )
-    if wrong is not None and Path(path).is_file() and _damaged_part(path) is not None:
-        message = f"{path} is damaged: {wrong!r} has not the values that it was saved with. Take another checkpoint."
-        raise ValueError(message)
+    for entry, values in entries.items():
+        own = sums.get(entry, {})
+        wrong = next((name for name, value in values.items() if name in own and checksum(value) != own[name]), None)
+        if wrong is not None and Path(path).is_file() and _damaged_part(path) is not None:
+            message = (
+                f"{path} is damaged: {wrong!r} has not the values that it was saved with. Take another checkpoint."
+            )
+            raise ValueError(message)
 
 
 def _read_shards(path: Path, *, weights_only: bool) -> dict[str, Any]:
@@ -259,7 +272,7 @@ def _callback_state(checkpoint: dict[str, Any], path: str | os.PathLike[str]) ->
     callbacks = checkpoint.get("callbacks", {})
     for state in callbacks.values() if isinstance(callbacks, dict) else ():
         if isinstance(state, dict) and "lookahead_version" in state:
-            _upgrade(checkpoint, state, path)
+            upgrade(checkpoint, state)
             check_saved(state, path)
             if state["optimizers"] and all("saved_with" in own for own in state["optimizers"]):
                 return state
@@ -269,11 +282,3 @@ def _callback_state(checkpoint: dict[str, Any], path: str | os.PathLike[str]) ->
         " has, or save whole checkpoints."
     )
     raise ValueError(message)
-
-
-def _upgrade(checkpoint: dict[str, Any], state: dict[str, Any], path: str | os.PathLike[str]) -> None:
-    try:
-        upgrade(checkpoint, state)
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-        message = f"{path} has damaged Lookahead state ({type(error).__name__}: {error}). Take another checkpoint."
-        raise ValueError(message) from error

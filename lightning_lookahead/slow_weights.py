@@ -26,7 +26,7 @@ from lightning_lookahead._numbers import check_choice
 from lightning_lookahead._persistence import Persistence
 from lightning_lookahead._saved_format import GROUP_SETTINGS
 from lightning_lookahead._sharding import BackwardSeen, is_sharded, reshard
-from lightning_lookahead._tensors import bit_sum, copy_, distance, local, not_finite
+from lightning_lookahead._tensors import bit_sum, copies, copy_, distance, local, not_finite
 from lightning_lookahead._tracked import Tracked, parameters_of
 from lightning_lookahead.adaptive import AdaptiveAlpha, TrainingLoss
 from lightning_lookahead.momentum import Mode, Momentum, state_names
@@ -270,10 +270,14 @@ class SlowWeights:
         """Whether the parameters are spread over ranks; each then keeps its own piece of both sets."""
         return self._sharded is not None
 
-    def put(self, weights: Weights) -> None:
+    def put(self, weights: Weights, *, statistics: bool = True) -> None:
         """Let the parameters hold ``weights`` from now on, in place: `data_ptr` and `Parameter` stay.
 
         Right after a sync both sets are one: what was written into the parameters since belongs to both.
+
+        Args:
+            weights: The set that they hold then.
+            statistics: Let the BatchNorm layers hold this set's statistics, too, if they have two.
         """
         check_weights(weights)
         self._settle()
@@ -283,18 +287,24 @@ class SlowWeights:
         self._tracked.follow()
         other = weights != self.holds
         self._tracked.put(weights, synced=self._synced)
-        if self.buffers is not None and other:
+        if self.buffers is not None and other and statistics:
             self.buffers.exchange()
 
     @contextmanager
-    def use(self, weights: Weights) -> Iterator[None]:
-        """Let the parameters hold ``weights`` inside the ``with`` block, and what they held before after it."""
+    def use(self, weights: Weights, *, statistics: bool = True) -> Iterator[None]:
+        """Let the parameters hold ``weights`` inside the ``with`` block, and what they held before it after it."""
         before = self.holds
-        self.put(weights)
+        self.put(weights, statistics=statistics)
         try:
             yield
         finally:
-            self.put(before)
+            self.put(before, statistics=statistics)
+
+    def other_statistics(self) -> dict[str, Tensor]:
+        """The BatchNorm statistics of the set that the parameters do not hold, by name: copies."""
+        if self.buffers is None:
+            return {}
+        return dict(zip(self.buffers.names, copies(self.buffers.kept), strict=True))
 
     def values(self, weights: Weights) -> dict[Tensor, Tensor]:
         """Each trained parameter and its value in ``weights``: live tensors, not copies.

@@ -2,7 +2,6 @@ import copy
 import pickle
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import pytorch_lightning

@@ -14,7 +14,7 @@ from classifier import Classifier, everything, images, same
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import CombinedLoader
-from runs import Regression, equal, inputs, make_trainer
+from runs import Regression, equal, inputs, logged_by, make_trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler

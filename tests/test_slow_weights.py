@@ -675,7 +675,7 @@ def test_bad_counters_are_refused_and_change_nothing():
             slow.load_state_dict(bad)
     with pytest.raises(ValueError, match="steps_since_sync=5 and steps=1; it cannot be more"):
         slow.load_state_dict({**before, "steps_since_sync": 5})
-    for bad in ({"weights": [1]}, {"weights": {"slow": {"[0]": 3}}}, {"checksums": {"[0]": "a"}}):
+    for bad in ({"weights": [1]}, {"weights": {"slow": {"[0]": 3}}}, {"checksums": {"slow": {"[0]": "a"}}}):
         with pytest.raises(ValueError, match="is damaged: it must be a dict of"):
             slow.load_state_dict({**before, **bad})
     assert slow.counters() == before

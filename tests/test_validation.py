@@ -82,7 +82,7 @@ def test_every_callback_sees_the_slow_weights_wherever_it_stands_in_the_list():
     before, after, callback = Seen(), Seen(), LookaheadCallback(k=3)
     trainer = make_trainer(before, callback, after, max_epochs=1, limit_val_batches=1, num_sanity_val_steps=1)
     trainer.fit(Regression(batches=4))
-    theta, phi = reference(4)
+    _, phi = reference(4)
     for seen in (before, after):
         assert equal(seen.weights["on_validation_start", 4], phi)
         assert equal(seen.weights["on_validation_epoch_end", 4], phi)

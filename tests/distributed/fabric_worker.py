@@ -47,7 +47,7 @@ def main():
     fabric.launch()
     net, optimizer, slow = prepare(fabric)
     train(fabric, net, optimizer, slow, range(4))
-    fabric.save("fabric", {"net": net, "optimizer": optimizer, "slow": slow.state_dict()})
+    fabric.save("fabric", {"net": net, "optimizer": optimizer, "slow": slow.state_dict(whole=True)})
     train(fabric, net, optimizer, slow, range(4, 8))
 
     resumed = prepare(fabric)
