@@ -59,19 +59,51 @@ def check_weights(weights: str, argument: str = "weights") -> None:
 
 
 def check_optimizer(optimizer: object) -> None:
-    """Raise unless ``optimizer`` is a torch optimizer that is not Lookahead already."""
+    """Raise unless ``optimizer`` is a torch optimizer whose steps can be seen and that does not look ahead already."""
+    name = type(optimizer).__name__
     if not isinstance(optimizer, Optimizer):
-        message = f"optimizer is a {type(optimizer).__name__}; it must be a torch.optim.Optimizer."
+        message = f"optimizer is a {name}; it must be a torch.optim.Optimizer."
         raise TypeError(message)
-    if type(optimizer).__name__ == "ZeroRedundancyOptimizer":
-        message = "optimizer is a ZeroRedundancyOptimizer, whose state_dict cannot carry a second set of weights."
-        raise ValueError(message)
-    if "lookahead" in type(optimizer).__name__.lower():
+    if name == "ZeroRedundancyOptimizer":
         message = (
-            f"optimizer is a {type(optimizer).__name__}, which is Lookahead itself: it would pull back twice. Give the"
-            " optimizer inside it."
+            "optimizer is a ZeroRedundancyOptimizer, which has a part of its state on each rank: take FSDP instead."
         )
         raise ValueError(message)
+    if not hasattr(optimizer, "_optimizer_step_post_hooks"):
+        message = (
+            f"optimizer is a {name} that has never called torch.optim.Optimizer.__init__, so that nobody can see its"
+            " steps. Give the optimizer inside it."
+        )
+        raise TypeError(message)
+    if not {base.__name__ for base in type(optimizer).__mro__}.isdisjoint(_IN_BACKWARD):
+        message = (
+            f"optimizer is a {name}, which moves the weights within the backward and not in step(): there are no inner"
+            " steps to count. Take another optimizer."
+        )
+        raise ValueError(message)
+    if _looks_ahead(optimizer):
+        message = (
+            f"optimizer is a {name}, which is Lookahead itself or contains it: it would pull back twice. Give the"
+            " optimizer inside it (for Ranger and its like RAdam)."
+        )
+        raise ValueError(message)
+
+
+_IN_BACKWARD = ("LOMO", "AdaLOMO")
+"""Optimizers whose update is fused into the backward."""
+
+
+def _looks_ahead(optimizer: object) -> bool:
+    """Whether an optimizer, or one that it wraps, is Lookahead under some name: Ranger is RAdam with Lookahead."""
+    while isinstance(optimizer, Optimizer):
+        names = [base.__name__ for base in type(optimizer).__mro__]
+        if any("lookahead" in name.lower() or name.startswith("Ranger") for name in names):
+            return True
+        if any("lookahead" in name.lower() for name in vars(optimizer)):
+            return True
+        inner = getattr(optimizer, "optimizer", None)
+        optimizer = inner if inner is not optimizer else None
+    return False
 
 
 def check_sharded_options(**options: object) -> None:

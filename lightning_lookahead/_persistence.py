@@ -246,11 +246,12 @@ class Persistence:
         pending = self.pending
         if pending is None or not pending.checksums:
             return
+        moved = pending.parameters
         for parameter, name in self.names().items():
             value = state_dict.get(name)
             if isinstance(value, torch.Tensor) and parameter in pending.checksums:
                 saved = pending.checksums.pop(parameter)
-                if parameter in pending.parameters and checksum(value) != saved:
+                if parameter in moved and checksum(value) != saved:
                     pending.changed.add(parameter)
                 if value.shape == parameter.shape and _was_rounded(value, parameter):
                     pending.loaded[parameter] = value

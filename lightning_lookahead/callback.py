@@ -285,7 +285,7 @@ class LookaheadCallback(SavingCallback):
     ) -> None:
         for index, slow in enumerate(self.slow_weights):
             slow.loss = None
-            if self._needs_loss and outputs is not None:
+            if self._needs_loss and outputs and outputs.get("loss") is not None:  # training_step may have returned None
                 loss = functools.partial(training_loss, trainer, pl_module, batch, batch_idx)
                 slow.loss = TrainingLoss(loss, functools.partial(undisturbed, pl_module))
             self._after_step(trainer, slow)

@@ -79,7 +79,7 @@ class Momentum:
 
     def _pull_back(self, name: str, parameters: Collection[Tensor], alpha: float) -> None:
         state = self._optimizer.state
-        owners = [parameter for parameter in parameters if state.get(parameter, {}).get(name) is not None]
+        owners = [p for p in parameters if isinstance(state.get(p, {}).get(name), torch.Tensor)]
         if not owners:
             return
         moments: list[Tensor] = [state[parameter][name] for parameter in owners]

@@ -592,9 +592,12 @@ class SlowWeights:
         self._hooks = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
-            optimizer.register_load_state_dict_pre_hook(self._before_load),
-            optimizer.register_load_state_dict_post_hook(self._after_load),
         ]
+        if hasattr(optimizer, "_optimizer_load_state_dict_pre_hooks"):  # some wrappers have made themselves without
+            self._hooks += [
+                optimizer.register_load_state_dict_pre_hook(self._before_load),
+                optimizer.register_load_state_dict_post_hook(self._after_load),
+            ]
         if self._module is not None and self._sync_in_step:
             module: Any = unwrapped(self._module)
             self._hooks.append(module.register_load_state_dict_post_hook(WhenLoaded(self)))

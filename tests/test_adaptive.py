@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from classifier import Classifier, everything, same
+from lightning.pytorch import Callback
 from lightning.pytorch.loggers import CSVLogger
 from runs import Regression, equal, make_trainer
 from test_monitor import Manual, logged_by
@@ -231,3 +232,18 @@ def test_a_training_step_without_the_index_of_the_batch_will_do():
             return super().training_step(batch, 0)
 
     assert fit(AdaptiveAlpha("secant"), Short(batches=12))[2].slow_weights[0].syncs == 2
+
+
+def test_a_batch_whose_training_step_returned_none_has_no_loss_to_estimate_from():
+    class Skips(Regression):
+        def training_step(self, batch, batch_idx):
+            return None if self.trainer.global_step == 3 else super().training_step(batch, batch_idx)
+
+    class Syncs(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if trainer.global_step == 4:
+                trainer.callbacks[0].sync_now()
+
+    callback = LookaheadCallback(k=20, alpha=AdaptiveAlpha("secant", alpha_low=0.3))
+    make_trainer(callback, Syncs(), max_steps=6).fit(Skips(batches=9))
+    assert callback.slow_weights[0].last_alpha == 0.3

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from classifier import Classifier, everything, images, same
+from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import CombinedLoader
@@ -773,3 +774,45 @@ def test_values_go_to_loggers_once():
     logger = CSVLogger(".", name="table")
     fit(Classifier(), InnerOuterMonitor(updates=3), logger=logger, log_every_n_steps=1)
     assert len([row for row in logged_by(logger) if row.get("lookahead/inner_acc")]) == 3
+
+
+@pytest.mark.parametrize("options", [{"start_step": 4}, {"group": True}, {}])
+@pytest.mark.parametrize("at", range(2, 9))
+def test_a_resumed_run_has_no_record_too_many(options, at):
+    class Grouped(Classifier):
+        def configure_optimizers(self):
+            if "group" not in options:
+                return super().configure_optimizers()
+            first, *rest = self.parameters()
+            return torch.optim.SGD([{"params": [first], "lookahead_k": 2}, {"params": rest}], lr=0.2)
+
+        def train_dataloader(self):
+            return DataLoader(images(64, 2), batch_size=8)
+
+    def run(ckpt_path=None):
+        monitor = InnerOuterMonitor(updates=9)
+        own = {name: value for name, value in options.items() if name != "group"}
+        callback = LookaheadCallback(k=3, monitor=monitor, **own)
+        every = ModelCheckpoint(".", "{step}", every_n_train_steps=1, save_top_k=-1)
+        make_trainer(callback, every, max_steps=9, max_epochs=9, limit_val_batches=1.0).fit(
+            Grouped(), ckpt_path=ckpt_path
+        )
+        return [(record.step, record.weights) for record in monitor.history]
+
+    full = run()
+    assert run(f"step={at}.ckpt") == full
+
+
+def test_the_last_sync_and_one_by_hand_are_recorded():
+    class Syncs(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if trainer.global_step == 2:
+                trainer.callbacks[0].sync_now()
+
+    monitor, logger = InnerOuterMonitor(updates=20), CSVLogger(".", name="table")
+    callback = LookaheadCallback(k=4, monitor=monitor, unfinished_cycle="sync")
+    make_trainer(callback, Syncs(), max_steps=8, max_epochs=9, limit_val_batches=1.0, logger=logger).fit(Classifier())
+    outer = [record.step for record in monitor.history if record.weights == "outer"]
+    assert outer == [0, 2, 6, 8]
+    logged = [row for row in logged_by(logger) if row["lookahead/outer_acc"]]
+    assert float(logged[-1]["lookahead/outer_acc"]) == pytest.approx(monitor.history[-1].value)
