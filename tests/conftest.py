@@ -3,6 +3,12 @@ import os
 
 import pytest
 import torch
+from hypothesis import settings
+
+# The same examples in every run. `--hypothesis-profile=explore` looks for others.
+settings.register_profile("same", derandomize=True)
+settings.register_profile("explore", max_examples=1000, print_blob=True)
+settings.load_profile("same")
 
 # Lightning imports what it finds; a GPU at hand must not change what these tests are about.
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")

@@ -268,13 +268,3 @@ def test_the_table_has_epochs_50_and_60_beside_the_papers_numbers():
     training, accuracy = imagenet.draw(found).axes
     assert [line.get_label() for line in accuracy.lines] == ["SGD", "Lookahead"]
     assert len(training.lines[0].get_xdata()) == 60
-
-
-def test_the_newest_whole_checkpoint_is_taken(tmp_path):
-    assert imagenet.newest_whole(tmp_path) is None
-    (tmp_path / "epoch=9.ckpt").touch()
-    for epoch in (10, 11):  # folders of shards; the last part of the second was not written
-        (tmp_path / f"epoch={epoch}.ckpt").mkdir()
-    assert imagenet.newest_whole(tmp_path).name == "epoch=9.ckpt"
-    (tmp_path / "epoch=10.ckpt" / "meta.pt").touch()
-    assert imagenet.newest_whole(tmp_path).name == "epoch=10.ckpt"

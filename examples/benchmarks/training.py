@@ -44,7 +44,7 @@ KINDS: dict[str, Callable[[], list[Callback]]] = {
     "one without hooks of its own": lambda: [Callback()],
     "Lookahead": lambda: [LookaheadCallback(K)],
     "Lookahead, eval_weights='fast'": lambda: [LookaheadCallback(K, eval_weights="fast")],
-    "Lookahead, log_syncs=False": lambda: [LookaheadCallback(K, log_syncs=False)],
+    "Lookahead, log_syncs=True": lambda: [LookaheadCallback(K, log_syncs=True)],
 }
 """Makes the callbacks of a fit."""
 

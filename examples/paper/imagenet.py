@@ -34,7 +34,7 @@ from lab.image_folder import ImageFolders, UnreadableError, check, load, make_im
 from lab.report import COLOURS, Table, bands, cell, figure, groups, style
 from lab.study import Study, at_least_one, describe, leads, parser, show, stop
 from lab.training import DivergedError, quietly
-from lightning_lookahead import LookaheadCallback
+from lightning_lookahead import LookaheadCallback, newest_checkpoint
 
 if TYPE_CHECKING:
     from argparse import Namespace
@@ -197,12 +197,6 @@ def strategy(settings: Settings) -> Strategy | str:
     return settings.strategy
 
 
-def newest_whole(folder: Path) -> Path | None:
-    """The checkpoint of the last epoch, if one is there: a file, or a folder whose last part was written."""
-    found = [path for path in folder.glob("epoch=*.ckpt") if path.is_file() or (path / "meta.pt").exists()]
-    return max(found, key=lambda path: int(path.stem.removeprefix("epoch=")), default=None)
-
-
 def train(settings: Settings, images: tuple[ImageFolder, ImageFolder], args: Namespace, folder: Path) -> Record:
     """Do one run, or the rest of it.
 
@@ -213,7 +207,8 @@ def train(settings: Settings, images: tuple[ImageFolder, ImageFolder], args: Nam
     """
     quietly()
     seed_everything(settings.seed, verbose=False)
-    checkpoint, curves = newest_whole(folder), Curves(("train_loss", "loss", "top1", "top5"))
+    checkpoint = newest_checkpoint(folder, "epoch=*.ckpt") if folder.is_dir() else None
+    curves = Curves(("train_loss", "loss", "top1", "top5"))
     # A run that diverges ends after the epoch; here it is only left without a sync, on all ranks alike.
     outer = [LookaheadCallback(settings.k, settings.alpha, nonfinite="skip")] if settings.k else []
     # The one before is removed when a new one is whole, which a folder of shards that is written over is not.

@@ -117,7 +117,10 @@ def local(tensor):
 
 
 def fit(kind, optimizer, *callbacks, steps=STEPS, ckpt_path=None, mode="", **settings):
-    module, callback = Sharded(optimizer, kind), LookaheadCallback(**{"k": K, "alpha": 0.5, **MODES[mode]})
+    module, callback = (
+        Sharded(optimizer, kind),
+        LookaheadCallback(**{"k": K, "alpha": 0.5, **(MODES[mode] if isinstance(mode, str) else mode)}),
+    )
     nodes = int(os.environ.get("GROUP_WORLD_SIZE", "1"))
     world = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     settings = {"limit_val_batches": 1, "val_check_interval": 2, "max_steps": steps, **settings}

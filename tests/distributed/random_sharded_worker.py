@@ -1,0 +1,83 @@
+"""Run by `test_random_sharded.py` under torchrun: ``random_sharded_worker.py FOLDER KIND SEED...``.
+
+Each seed is a random configuration. It is trained, saved at random steps and resumed from each; the resumed run has to be
+the uninterrupted one bit for bit. A file is then read by another strategy, too.
+"""
+
+import random
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from lightning.pytorch.callbacks import ModelCheckpoint
+from runs import leave
+from sharded_worker import STEPS, fit, local
+
+from lightning_lookahead import Linear, load_weights
+
+FOLDERS = {"fsdp1", "fsdp1_flat", "fsdp1_grad_op", "fsdp2", "fsdp2_hsdp", "tp"}
+
+
+def configuration(kind, rng):
+    optimizer = rng.choice(["SGD", "Adam", "AdamW", "NAdam", "RMSprop", "Adagrad"])
+    modes = ["none", "none"]
+    modes += ["pullback"] if optimizer in {"SGD", "Adam", "AdamW", "NAdam"} else []
+    modes += ["reset"] if optimizer in {"Adam", "AdamW", "RMSprop", "Adagrad"} else []
+    options = {
+        "k": rng.randint(1, 4),
+        "alpha": rng.choice([0.3, 0.5, 1.0, Linear(0.3, 0.9, 2)]),
+        "eval_weights": rng.choice(["slow", "slow", "fast"]),
+        "pullback_momentum": rng.choice(modes),
+        "start_step": rng.choice([0, 0, 1, 3]),
+        "nonfinite": rng.choice(["raise", "skip"]),
+        "slow_dtype": rng.choice([None, None, "float64"]),
+    }
+    if "flat" not in kind:
+        options["exclude"] = rng.choice([None, None, "net.0.bias", "*.bias"])
+    settings = {"accumulate_grad_batches": rng.choice([1, 1, 2])}
+    if kind in {"fsdp1", "fsdp2"}:
+        settings["precision"] = rng.choice([None, None, "bf16-true"])
+    return optimizer, options, settings
+
+
+def train(kind, configured, *callbacks, ckpt_path=None):
+    optimizer, options, settings = configured
+    trainer, _, callback = fit(kind, optimizer, *callbacks, mode=options, ckpt_path=ckpt_path, **settings)
+    (slow,) = callback.slow_weights
+    values = {w: [local(value).detach().clone() for value in slow.values(w).values()] for w in ("slow", "fast")}
+    assert trainer.global_step == slow.steps == STEPS, (slow.steps, trainer.global_step)
+    return values, slow.syncs
+
+
+def check(kind, seed, folder):
+    rng = random.Random(seed)
+    configured = configuration(kind, rng)
+    where = f"{kind}, seed {seed}: {configured}"
+    every = ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=-1, save_on_train_epoch_end=False)
+    values, syncs = train(kind, configured, every)
+    for step in rng.sample(range(1, STEPS), 2):
+        path = folder / f"step={step}.ckpt"
+        resumed, again = train(kind, configured, ckpt_path=path)
+        assert again == syncs, where
+        for weights in ("slow", "fast"):
+            same = [torch.equal(a, b) for a, b in zip(values[weights], resumed[weights], strict=True)]
+            assert all(same), (where, step, weights, same)
+        for weights in ("slow", "fast"):
+            load_weights(path, weights)
+        assert path.is_dir() == (kind in FOLDERS), where
+
+
+def main():
+    folder, kind, *seeds = sys.argv[1:]
+    for seed in seeds:
+        check(kind, int(seed), Path(folder) / seed)
+        print(f"{kind} {seed}: holds", flush=True)  # noqa: T201
+    leave()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()
