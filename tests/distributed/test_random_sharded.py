@@ -1,6 +1,6 @@
 """Random configurations of sharded strategies, stopped and resumed.
 
-``LOOKAHEAD_RANDOM_RUNS=50 .venv/bin/pytest tests/distributed/test_random_sharded.py`` takes so many new ones of each kind.
+``LOOKAHEAD_RANDOM_RUNS=50 .venv/bin/pytest tests/distributed/test_random_sharded.py`` takes so many new ones of each.
 """
 
 import os
