@@ -15,7 +15,7 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.fsdp._runtime_utils import _reshard
 from torch.distributed.tensor import DTensor
 
-from lightning_lookahead._names import bare, names_in
+from lightning_lookahead._names import bare, names_in, unwrapped
 from lightning_lookahead._tensors import copies, copy_, exchange_, local
 
 if TYPE_CHECKING:
@@ -62,13 +62,13 @@ def named_shards(module: nn.Module, values: Mapping[Tensor, Tensor], *, whole: b
     Returns:
         Name -> a copy: a whole tensor, a `DTensor`, or what FSDP1 has for it.
     """
-    left_out = {bare(name) for name, _ in module.named_buffers()}
+    left_out = {bare(name) for name, _ in unwrapped(module).named_buffers()}
     left_out |= {name for parameter, own in names_in(module).items() if parameter not in values for name in own}
     reshard(module)
     exchange_(values.keys(), values.values())
     try:
         options = StateDictOptions(full_state_dict=whole, cpu_offload=whole)
-        state_dict = get_model_state_dict(module, options=options)
+        state_dict = get_model_state_dict(unwrapped(module), options=options)
         detach_aliases(state_dict)
     finally:
         exchange_(values.keys(), values.values())
@@ -85,7 +85,7 @@ def pieces(module: nn.Module, base: Mapping[Tensor, Tensor], named: Mapping[str,
         named: Name -> value.
         whole: They are whole tensors, on every rank; otherwise shards.
     """
-    spelt = {bare(name): name for name in get_model_state_dict(module)}
+    spelt = {bare(name): name for name in get_model_state_dict(unwrapped(module))}
     before = copies(base)
     reshard(module)
     try:
@@ -100,7 +100,7 @@ def pieces(module: nn.Module, base: Mapping[Tensor, Tensor], named: Mapping[str,
 
 def load_named(module: nn.Module, named: dict[str, Any], *, whole: bool) -> None:
     """Load tensors by name into a module that may be sharded; names that are left out stay as they are."""
-    set_model_state_dict(module, named, options=StateDictOptions(full_state_dict=whole, strict=False))
+    set_model_state_dict(unwrapped(module), named, options=StateDictOptions(full_state_dict=whole, strict=False))
 
 
 def detach_aliases(state_dict: dict[str, Any]) -> None:
