@@ -69,6 +69,12 @@ def check_optimizer(optimizer: object) -> None:
             "optimizer is a ZeroRedundancyOptimizer, which has a part of its state on each rank: take FSDP instead."
         )
         raise ValueError(message)
+    if _looks_ahead(optimizer):
+        message = (
+            f"optimizer is a {name}, which is Lookahead itself or contains it: it would pull back twice. Give the"
+            " optimizer inside it (for Ranger and its like RAdam)."
+        )
+        raise ValueError(message)
     if not hasattr(optimizer, "_optimizer_step_post_hooks"):
         message = (
             f"optimizer is a {name} that has never called torch.optim.Optimizer.__init__, so that nobody can see its"
@@ -79,12 +85,6 @@ def check_optimizer(optimizer: object) -> None:
         message = (
             f"optimizer is a {name}, which moves the weights within the backward and not in step(): there are no inner"
             " steps to count. Take another optimizer."
-        )
-        raise ValueError(message)
-    if _looks_ahead(optimizer):
-        message = (
-            f"optimizer is a {name}, which is Lookahead itself or contains it: it would pull back twice. Give the"
-            " optimizer inside it (for Ranger and its like RAdam)."
         )
         raise ValueError(message)
 

@@ -223,8 +223,8 @@ class LookaheadCallback(SavingCallback):
             check_optimizer(optimizer)
         excluded = matching(self.exclude, pl_module)
         elsewhere = owned_by_others(optimizers, pl_module)
-        self.slow_weights = [
-            SlowWeights(
+        for index, optimizer in enumerate(optimizers):  # one by one: if one is refused, the others are let go of
+            slow = SlowWeights(
                 optimizer,
                 self.k,
                 self.alpha,
@@ -240,8 +240,7 @@ class LookaheadCallback(SavingCallback):
                 model_weights=self.eval_weights,
                 measure_distance=self.log_distance,
             )
-            for index, optimizer in enumerate(optimizers)
-        ]
+            self.slow_weights.append(slow)
         if any(slow.sharded for slow in self.slow_weights):
             check_sharded_options(
                 log_distance=self.log_distance, check_ranks=self.check_ranks, slow_device=self.slow_device

@@ -186,6 +186,22 @@ def test_an_exception_leaves_no_hook_on_an_optimizer():
     assert hooks(module.kept[0]) == 0
 
 
+def test_a_fit_that_is_refused_for_one_optimizer_leaves_no_hook_on_another():
+    class Half(OneOptimizer):
+        def configure_optimizers(self):
+            first = super().configure_optimizers()
+            return [first, torch.optim.SGD(nn.Linear(2, 2, device="meta").parameters(), lr=0.1)]
+
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization = False
+
+    module = Half()
+    with pytest.raises(ValueError, match="parameters without values"):
+        trained(module, LookaheadCallback(k=3))
+    assert hooks(module.kept[0]) == 0
+
+
 class Shared(Regression):
     """Two optimizers, the second of which trains the last layer, too."""
 
