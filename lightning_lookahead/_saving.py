@@ -7,6 +7,7 @@ import warnings
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
+import torch
 from typing_extensions import override
 
 from lightning_lookahead._batch_norm import Recalibration
@@ -15,10 +16,10 @@ from lightning_lookahead._lightning import Callback, writes_folders
 from lightning_lookahead._module_state import state_dict_of_slow
 from lightning_lookahead._names import names_in
 from lightning_lookahead._pruned import make_permanent
-from lightning_lookahead._saved_format import SHARDS, TENSORS, VERSION, Weights, upgrade
+from lightning_lookahead._saved_format import OTHER, SHARDS, TENSORS, VERSION, Weights, upgrade
 from lightning_lookahead._sharding import detach_aliases
 from lightning_lookahead._shards import load_folder
-from lightning_lookahead._tensors import copies
+from lightning_lookahead._tensors import copies, place
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -55,6 +56,9 @@ class SavingCallback(Callback):
         self._restored: list[dict[str, Any]]  # states from a checkpoint, until there are optimizers for them
         self._restored_model: dict[str, Any]  # the module's own state that came with them
         self._before_loading: dict[str, Tensor]  # the module's state, while a checkpoint is loaded over it
+        self._in_batch: bool  # whether a forward may have been done whose backward is to come
+        self._shown: list[SlowWeights]  # what is swapped while others look at it
+        self._replaced: list[tuple[dict[str, Any], str, Tensor]]  # what a state_dict had before that
         self._optimizers_before: list[Any] | None  # the strategy's, before a fit sets up its own
         self.__dict__.update(self._nothing_trained())
 
@@ -73,6 +77,9 @@ class SavingCallback(Callback):
             "_restored_model": {},
             "_before_loading": {},
             "_optimizers_before": None,
+            "_in_batch": False,
+            "_shown": [],
+            "_replaced": [],
         }
 
     def _after_validation(self) -> None:
@@ -102,6 +109,7 @@ class SavingCallback(Callback):
         strategy.on_validation_end = functools.partial(self._on_validation_end, strategy)  # type: ignore[method-assign]
 
     def _save_checkpoint(self, strategy: Strategy, checkpoint: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        self._end_showing()
         ours = (checkpoint.get("callbacks") or {}).get(self.state_key)
         module = strategy.lightning_module
         if ours is not None and ours["optimizers"] and module is not None and "state_dict" in checkpoint:
@@ -230,6 +238,33 @@ class SavingCallback(Callback):
             first, *others = checkpoint["optimizer_states"]
             checkpoint["optimizer_states"] = [{**first, SHARDS: tensors}, *others]
         state["optimizers"] = states
+        self._show_to_others(checkpoint["state_dict"])
+
+    def _show_to_others(self, state_dict: dict[str, Any]) -> None:
+        """Let the module hold what the checkpoint does while others look at it in their ``on_save_checkpoint``.
+
+        Not within a batch, where a backward may be to come that would notice. The strategy's ``save_checkpoint`` ends
+        it, or the next batch where that is never called. What of the ``state_dict`` is not a copy goes with the swap.
+        """
+        if self._in_batch:
+            return
+        self._shown = [slow for slow in self.slow_weights if slow.counting and slow.holds != self.eval_weights]
+        live = {place(value): p for slow in self._shown for p, value in slow.values(self.eval_weights).items()}
+        for slow in self._shown:
+            slow.put(self.eval_weights)
+        for name, value in state_dict.items():
+            parameter = live.get(place(value)) if isinstance(value, torch.Tensor) else None
+            if parameter is not None:
+                self._replaced.append((state_dict, name, value))
+                state_dict[name] = parameter.detach()
+
+    def _end_showing(self) -> None:
+        shown, self._shown = self._shown, []
+        for slow in shown:
+            slow.put(OTHER[self.eval_weights])
+        for state_dict, name, value in self._replaced:
+            state_dict[name] = value
+        self._replaced = []
 
     @override
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:

@@ -273,6 +273,11 @@ class LookaheadCallback(SavingCallback):
         self._before_loading = {}
 
     @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._end_showing()
+        self._in_batch = True
+
+    @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         for slow in self._counting():  # a step that began before training_step may find parameters unfrozen there
             if slow.optimizer is optimizer:
@@ -282,6 +287,7 @@ class LookaheadCallback(SavingCallback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        self._in_batch = False
         for index, slow in enumerate(self.slow_weights):
             slow.loss = None
             if self._needs_loss and outputs and outputs.get("loss") is not None:  # training_step may have returned None
@@ -357,6 +363,7 @@ class LookaheadCallback(SavingCallback):
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._recalibration.stop()
+        self._in_batch, self._shown = False, []
         for slow in self._counting():
             slow.put("fast")
         self._stop_counting()
@@ -378,7 +385,9 @@ class LookaheadCallback(SavingCallback):
         self._stop_counting()
         for slow in self.slow_weights:
             slow.put(slow.holds)  # after on_train_end Lightning has moved the module to the CPU: follow it
-        self._left = [(slow.holds, slow.fingerprint()) for slow in self.slow_weights]
+        averages = any(is_a(callback, AVERAGERS) for callback in callbacks_of(trainer))
+        if not self._left or averages:  # what others load into the module when training has ended is not what we left
+            self._left = [(slow.holds, slow.fingerprint()) for slow in self.slow_weights]
 
     def _stop_counting(self) -> None:
         for hook in self._step_hooks:

@@ -62,6 +62,46 @@ def test_the_first_hook_after_validation_finds_the_fast_weights_again():
     assert equal(seen[0], reference(5)[0])
 
 
+class KeepsOnSaving(Callback):
+    """Copies the module where checkpoints are saved, as libraries do that save it in a form of their own."""
+
+    def __init__(self):
+        self.kept = []
+
+    def on_save_checkpoint(self, trainer, pl_module, checkpoint):
+        self.kept.append((pl_module.weights(), [value.clone() for value in checkpoint["state_dict"].values()]))
+
+
+@pytest.mark.parametrize("eval_weights", ["slow", "fast"])
+@pytest.mark.parametrize("at", ["epoch", "batch", "validation"])
+def test_who_copies_the_module_where_checkpoints_are_saved_has_the_weights_of_the_checkpoint(at, eval_weights):
+    saving = {
+        "epoch": ModelCheckpoint(".", "{epoch}", save_on_train_epoch_end=True, save_top_k=-1),
+        "batch": ModelCheckpoint(".", "{step}", every_n_train_steps=2, save_top_k=-1),
+        "validation": ModelCheckpoint(".", "{epoch}", monitor="val_loss", save_on_train_epoch_end=False),
+    }[at]
+    callback, keeps, module = LookaheadCallback(k=3, eval_weights=eval_weights), KeepsOnSaving(), Regression()
+    _, end = trained(module, callback, keeps, saving, limit_val_batches=1)
+    assert keeps.kept
+    assert all(equal(weights, held) for weights, held in keeps.kept)
+    assert equal(end, reference(8)[1 if eval_weights == "slow" else 0])
+
+
+def test_weights_that_another_callback_loads_when_training_has_ended_are_noticed():
+    class LoadsBest(Callback):
+        def on_train_end(self, trainer, pl_module):
+            pl_module.load_state_dict(torch.load("step=4.ckpt", weights_only=True)["state_dict"])
+
+    callback, module = LookaheadCallback(k=3), Regression()
+    every = ModelCheckpoint(".", "{step}", every_n_train_steps=4, save_top_k=-1)
+    trained(module, callback, LoadsBest(), every)
+    with (
+        pytest.raises(RuntimeError, match="does not hold the weights that the fit has left"),
+        callback.use_weights("fast"),
+    ):
+        pass
+
+
 # -- frozen parameters
 
 
