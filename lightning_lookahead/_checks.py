@@ -101,8 +101,8 @@ def _looks_ahead(optimizer: object) -> bool:
             return True
         if any("lookahead" in name.lower() for name in vars(optimizer)):
             return True
-        inner = getattr(optimizer, "optimizer", None)
-        optimizer = inner if inner is not optimizer else None
+        inside = [getattr(optimizer, name, None) for name in ("optimizer", "base_optimizer", "base")]
+        optimizer = next((inner for inner in inside if inner is not None and inner is not optimizer), None)
     return False
 
 

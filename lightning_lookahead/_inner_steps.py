@@ -76,7 +76,8 @@ class InnerSteps:
     def end(self, optimizer: Optimizer, *, moved: bool) -> bool:
         """Note that ``optimizer.step()`` ends; count it if it moved weights, and return whether it did."""
         self._depth = max(self._depth - 1, 0)
-        if self._depth or not (moved or self._moves):
+        self._moves = self._moves or moved  # an inner call's gradients may be cleared before the outermost one ends
+        if self._depth or not self._moves:
             return False
         self._moves = False
         self._total += 1

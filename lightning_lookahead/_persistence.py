@@ -329,7 +329,7 @@ class Persistence:
         It stays pending until training goes on.
         """
         pending = self.pending
-        if pending is None or (pending.placed and pending.weights.get("fast") and pending.in_place):
+        if pending is None or (pending.placed and pending.in_place):
             return
         pending.placed = True
         copy_(pending.loaded, pending.loaded.values())

@@ -162,6 +162,8 @@ class SavingCallback(Callback):
             return original()
         if self.eval_weights == "fast" and all(slow.holds == "fast" for slow in self.slow_weights):
             return original()
+        for slow in self.slow_weights:
+            slow.adopt()
         state_dict = None
         if self.eval_weights == "slow" and not self._recalibration.kept:
             state_dict = state_dict_of_slow(original, self.slow_weights)

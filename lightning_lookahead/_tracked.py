@@ -10,7 +10,7 @@ import torch
 from lightning_lookahead._offload import Offload
 from lightning_lookahead._pairs import Pairs, side_by_side
 from lightning_lookahead._saved_format import slow_dtype
-from lightning_lookahead._tensors import copy_, equal, exchange_, place
+from lightning_lookahead._tensors import copy_, equal, exchange_, not_finite, place
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -60,6 +60,7 @@ class Tracked:
         self.holds: Weights = "fast"
         self._pairs: dict[Tensor, Pairs] = {}  # by the first fast tensor of each
         self._aside: dict[Tensor, Tensor] = {}  # fast weights of those that are apart, while they hold the slow ones
+        self._parted: set[Tensor] = set()  # which are two, where a swap right after a sync expects one
         self._optimizer = optimizer
         self._exclude = set(exclude)
         self.dtype, self._device = dtype, device
@@ -170,17 +171,31 @@ class Tracked:
         listed = set(apart)
         together = {parameter: kept for parameter, kept in self.kept.items() if parameter not in listed}
         if synced:
-            self.adopt()
-        else:
-            exchange_(together, together.values())
-            copy_(apart, sources)
+            parted = self._parted  # in the swap that this one undoes
+            if weights == "slow":
+                self._parted = parted = self.adopt()
+            else:
+                self.adopt(parted)
+                self._parted = set()
+            together = {p: kept for p, kept in together.items() if p in parted}
+            paired = [(p, source) for p, source in zip(apart, sources, strict=True) if p in parted]
+            apart, sources = [p for p, _ in paired], [source for _, source in paired]
+        exchange_(together, together.values())
+        copy_(apart, sources)
         self._aside = aside
         self.holds = weights
 
-    def adopt(self) -> None:
-        """Right after a sync, let both sets have what was written into the parameters from outside since."""
-        written = {p: kept for p, kept in self.kept.items() if not equal(p, kept.to(p))}
-        copy_(written.values(), written)
+    def adopt(self, except_for: Collection[Tensor] = ()) -> set[Tensor]:
+        """Right after a sync, let both sets have what was written into the parameters from outside since.
+
+        Returns:
+            Those of which the sets remain two: no slow weight becomes infinite or NaN by this.
+        """
+        written = {p: kept for p, kept in self.kept.items() if p not in except_for and not equal(p, kept.to(p))}
+        bad = {p for p in written if not_finite([p])}
+        finite = {p: kept for p, kept in written.items() if p not in bad}
+        copy_(finite.values(), finite)
+        return bad
 
     def is_apart(self, parameter: Tensor) -> bool:
         """Whether its second tensor is of another dtype or on another device."""

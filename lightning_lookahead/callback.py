@@ -98,6 +98,7 @@ class LookaheadCallback(SavingCallback):
         ValueError: If an argument is out of range.
 
     Example:
+        >>> import torch
         >>> from lightning.pytorch import Trainer
         >>> from lightning.pytorch.demos.boring_classes import BoringModel
         >>> trainer = Trainer(

@@ -313,9 +313,13 @@ class SlowWeights:
         """
         check_weights(weights)
         self._settle()
-        if weights == "slow" and self._synced:
-            self._tracked.adopt()
         return self._tracked.values(weights)
+
+    def adopt(self) -> None:
+        """Right after a sync, let both sets have what was written into the parameters from outside since."""
+        self._settle()
+        if self._synced and self.holds == "fast":
+            self._tracked.adopt()
 
     def fingerprint(self) -> int:
         """A sum over the bits of the weights that the parameters hold, on this rank: of other weights it is another."""
@@ -338,12 +342,12 @@ class SlowWeights:
                 as `Fabric.save` does with all that is neither module nor optimizer. By default each rank has its
                 shards, for `torch.distributed.checkpoint`. Either loads with any number of ranks.
         """
-        self.values("slow")  # both sets have to be in their places
+        self.adopt()
         return self._persistence.state_dict(whole=whole, lean=False)
 
     def lean_state_dict(self, *, whole: bool = False) -> dict[str, Any]:
         """What `state_dict` returns without the tensors that the model's own ``state_dict`` gives."""
-        self.values("slow")
+        self.adopt()
         return self._persistence.state_dict(whole=whole, lean=not self.sharded)
 
     def counters(self) -> dict[str, Any]:

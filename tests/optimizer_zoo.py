@@ -1,7 +1,7 @@
 """Every optimizer class of the packages that are installed, and what becomes of a run with it that is resumed.
 
-No class is named here: the packages are asked for theirs, a signature says how to make one, and how it steps, whether it
-resumes by itself and whether it resumes with Lookahead is found out by trying.
+No class is named here: the packages are asked for theirs, and a signature says how to make one. How it steps, whether
+it resumes by itself and whether it does with Lookahead is found out by trying.
 """
 
 import functools
@@ -28,7 +28,7 @@ from lightning.pytorch import Callback, LightningModule
 from oracle import lookahead
 from runs import both, equal, make_trainer
 from torch import nn
-from torch.optim import SGD, Optimizer
+from torch.optim import SGD, Adam, Optimizer
 from torch.utils.data import DataLoader
 
 import lightning_lookahead
@@ -88,27 +88,27 @@ def _is_of_torch(cls):
 def _modules(package):
     if package != "timm.optim":
         return [importlib.import_module(package)]
-    # As a whole it needs torchvision; the files of the optimizers need torch alone.
-    folder = Path(importlib.util.find_spec("timm").submodule_search_locations[0])
-    before = {name: module for name, module in sys.modules.items() if name.partition(".")[0] == "timm"}
-    for name, path in (("timm", folder), ("timm.optim", folder / "optim")):
-        sys.modules[name] = types.ModuleType(name)
-        sys.modules[name].__path__ = [str(path)]
-    try:
-        modules = []
-        for path in sorted((folder / "optim").glob("[!_]*.py")):
-            with suppress(ModuleNotFoundError):  # of what knows models
-                modules.append(importlib.import_module(f"timm.optim.{path.stem}"))
-        return modules
-    finally:
-        for name in [name for name in sys.modules if name.partition(".")[0] == "timm"]:
-            del sys.modules[name]
-        sys.modules.update(before)
+    # As a whole it needs torchvision; the files of the optimizers need torch and each other alone.
+    folder = Path(importlib.util.find_spec("timm").submodule_search_locations[0], "optim")
+    sys.modules["timm_optim"] = types.ModuleType("timm_optim")
+    sys.modules["timm_optim"].__path__ = [str(folder)]
+    files = [path.stem for path in sorted(folder.glob("[!_]*.py")) if not path.stem.endswith("factory")]
+    return [importlib.import_module(f"timm_optim.{name}") for name in files]
 
 
 def contains_lookahead(cls):
     """Whether its source says so."""
-    return "lookahead" in inspect.getsource(cls).lower()
+    file = Path(sys.modules[cls.__module__].__file__)  # first, as to cut out a class takes time
+    return "lookahead" in file.read_text().lower() and "lookahead" in inspect.getsource(cls).lower()
+
+
+_NO_DEFAULT = inspect.Parameter.empty
+_VARIABLE = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+
+
+def is_wrapper(cls):
+    """Whether it is made from another optimizer."""
+    return bool(set(WRAPPED) & set(required(cls)))
 
 
 def arguments_of(cls):
@@ -118,12 +118,8 @@ def arguments_of(cls):
 
 def required(cls):
     """The names of the arguments without a default."""
-    variable = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
-    return [
-        name
-        for name, argument in arguments_of(cls).items()
-        if argument.default is inspect._empty is not argument.kind and argument.kind not in variable
-    ]
+    arguments = arguments_of(cls).items()
+    return [name for name, argument in arguments if argument.default is _NO_DEFAULT and argument.kind not in _VARIABLE]
 
 
 # -- how one is made and how it steps
@@ -142,15 +138,14 @@ PARAMS = {
         for matrices in (True, False)
     ],
 }
-INNER = {
-    "instance": lambda net: SGD(net.parameters(), lr=0.01, momentum=0.9),
-    "class": lambda _: SGD,
-}
+INNER = {"instance": lambda net, inside: inside(net.parameters(), lr=0.01), "class": lambda _, inside: inside}
+INSIDE = (Adam, SGD)
+"""Some wrappers put what is theirs into the state before the one inside has made its own, which Adam does not bear."""
 WRAPPED = ("optimizer", "base_optimizer", "base")
 """What the argument for an inner optimizer is called."""
 ALWAYS = {"max_iter": 4}
 """Fewer evaluations in a step."""
-SETTINGS = {"momentum": 0.9, "keep_num": 2, "threshold": 1.0}
+SETTINGS = {"momentum": 0.9, "keep_num": 2, "threshold": 1.0, "lr": 0.01}
 """For what does not run, or does not move a weight in eight steps, with its own defaults."""
 
 
@@ -207,7 +202,7 @@ def _told(optimizer, loss):
     optimizer.zero_grad()
     value = loss()
     value.backward()
-    optimizer.step(lambda: float(value))
+    optimizer.step(value.item)
 
 
 def _handed(optimizer, loss):
@@ -271,14 +266,15 @@ class Recipe:
     net: str
     params: str
     inner: str
+    inside: type
     settings: dict
     way: str
 
-    def build(self, **changed):
-        """A net and its optimizer, the same each time."""
+    def build(self, inside=None):
+        """A net and its optimizer, the same each time; of a wrapper, one around an optimizer of class ``inside``."""
         seed(0)
         net = NETS[self.net]()
-        given = {**_given(net, PARAMS[self.params](net), INNER[self.inner](net)), **changed}
+        given = _given(net, PARAMS[self.params](net), INNER[self.inner](net, inside or self.inside))
         optimizer = self.cls(**{name: given[name] for name in required(self.cls)}, **self.settings)
         if hasattr(optimizer, "train"):  # of the schedule-free ones
             optimizer.train()
@@ -291,23 +287,35 @@ class Recipe:
 
 def _recipes(cls):
     arguments = arguments_of(cls)
-    nets = ["wide"] if "min_8bit_size" in arguments else ["plain", "matrices", "double", "sparse"]
-    inner = INNER if set(WRAPPED) & set(required(cls)) else ["instance"]
+    nets = ["wide", "matrices"] if "min_8bit_size" in arguments else ["plain", "matrices", "double", "sparse"]
+    inner = list(itertools.product(INNER, INSIDE) if is_wrapper(cls) else [("instance", Adam)])
     always = {name: value for name, value in ALWAYS.items() if name in arguments}
-    settings = [always, *({**always, name: value} for name, value in SETTINGS.items() if name in arguments)]
+    more = {name: value for name, value in SETTINGS.items() if name in arguments}
+    settings = [always, *({**always, name: value} for name, value in more.items()), {**always, **more}]
     ways = [way for way in WAYS if way not in _NEEDS or hasattr(cls, _NEEDS[way])]
-    if inspect.signature(cls.step).parameters.get("closure", inspect.Parameter).default is inspect._empty:
+    closure = inspect.signature(cls.step).parameters.get("closure")
+    if closure is not None and closure.default is _NO_DEFAULT:
         ways = ["closure"]
     params = PARAMS if "params" in arguments else ["list"]
-    for some in itertools.product(nets, params, inner, settings, ways):
-        yield Recipe(cls, *some)
+    for some, net, wrapped, own, way in itertools.product(params, nets, inner, settings, ways):
+        yield Recipe(cls, net, some, *wrapped, own, way)
 
 
-def recipe_of(cls):
-    """The first that moves the weights to finite values, or what the one that came furthest says."""
-    furthest, reason = -1, "no argument that it takes is known here"
+def wrapped_around(cls, inside):
+    """A wrapper of class ``cls`` around an optimizer of class ``inside``."""
     for recipe in _recipes(cls):
-        came = 0
+        with suppress(Exception):  # the next may do
+            return recipe.build(inside)[1]
+    message = f"{cls} is not made in any way that is known here"
+    raise TypeError(message)
+
+
+@functools.cache
+def recipe_of(cls):
+    """The first that moves the weights to finite values, or what the last one that came furthest says."""
+    furthest, reason, first = -1, "no argument that it takes is known here", None
+    for recipe in _recipes(cls):
+        came, first = 0, first or recipe.net  # what the other nets are for has reasons of its own
         try:
             net, optimizer = recipe.build()
             before = _copies(net)
@@ -317,7 +325,7 @@ def recipe_of(cls):
             came = 2
             _check_end(before, net)
         except Exception as error:  # noqa: BLE001 (whatever it says is what was to be found out)
-            if came > furthest:
+            if came > furthest or (came == furthest and recipe.net == first):
                 furthest, reason = came, _said(error)
         else:
             return recipe
@@ -355,7 +363,7 @@ class Outcome:
         return f"{self.status}{more}"
 
 
-class _Found(Exception):
+class _FoundError(Exception):
     """Carries an outcome out of the trial."""
 
     def __init__(self, status, reason="", **more):
@@ -377,17 +385,22 @@ def _with_us():
         with warnings.catch_warnings():
             warnings.filterwarnings("error", ".*[Ll]ookahead", UserWarning)
             yield
-    except _Found:
+    except _FoundError:
         raise
     except Exception as error:
         ours = traceback.extract_tb(error.__traceback__)[-1].filename.startswith(_OURS)
         if ours and isinstance(error, (TypeError, ValueError)):
-            raise _Found(REFUSED, str(error)) from error
-        raise _Found(FAILS, _said(error, where=True)) from error
+            raise _FoundError(REFUSED, str(error)) from error
+        raise _FoundError(FAILS, _said(error, where=True)) from error
+
+
+def _check_refused(recipe):
+    if contains_lookahead(recipe.cls):
+        raise _FoundError(FAILS, "contains Lookahead and is not refused")
 
 
 def _trial(function):
-    """Make a function that raises `_Found` one that returns an outcome, quietly, once for each class."""
+    """Make a function that raises `_FoundError` one that returns an outcome, quietly, once for each class."""
 
     @functools.cache
     @functools.wraps(function)
@@ -401,7 +414,7 @@ def _trial(function):
                 if isinstance(recipe, str):
                     return Outcome(NOT_HERE, recipe)
                 return Outcome(RESUMES, pickled=function(recipe, folder))
-        except _Found as found:
+        except _FoundError as found:
             return found.outcome
         finally:
             torch.set_num_threads(threads)
@@ -477,7 +490,7 @@ def _bare(recipe):
     saved = whole.run(saves=STOPS)
     again.run()
     if not _same(whole.sets(), again.sets()):
-        raise _Found(NOT_HERE, "two runs from one seed differ")
+        raise _FoundError(NOT_HERE, "two runs from one seed differ")
     for weights_only in (True, False):
         try:
             ends = {
@@ -486,12 +499,12 @@ def _bare(recipe):
             }
         except Exception as error:
             if not weights_only:
-                raise _Found(ALONE, _said(error)) from error
+                raise _FoundError(ALONE, _said(error)) from error
         else:
             break
     differ = [at for at, end in ends.items() if not _same(end, whole.sets())]
     if differ:
-        raise _Found(ALONE, f"other weights after a stop at step {', '.join(map(str, differ))}")
+        raise _FoundError(ALONE, f"other weights after a stop at step {', '.join(map(str, differ))}")
     return not weights_only
 
 
@@ -500,20 +513,21 @@ def in_a_loop(recipe, _):
     """What becomes of plain loops with the class."""
     with _with_us():
         whole = Loop(recipe, looks_ahead=True)
+        _check_refused(recipe)
         saved = whole.run(saves=STOPS)
         if (whole.slow.steps, whole.slow.syncs) != (STEPS, STEPS // K):
-            raise _Found(FAILS, f"counts {whole.slow.steps} steps and {whole.slow.syncs} syncs")
+            raise _FoundError(FAILS, f"counts {whole.slow.steps} steps and {whole.slow.syncs} syncs")
     net, optimizer = recipe.build()
     parameters = list(net.parameters())
     phi = lookahead(parameters, lambda step: recipe.take(net, optimizer, step), k=K, alpha=ALPHA, steps=STEPS)
     if not _same(whole.sets(), [parameters, phi]):
-        raise _Found(FAILS, "not the weights of Algorithm 1")
+        raise _FoundError(FAILS, "not the weights of Algorithm 1")
     pickled = _bare(recipe)
     with _with_us():
         for at, file in saved.items():
             end = _resumed(recipe, file, at, looks_ahead=True, weights_only=not pickled)
             if not _same(end, whole.sets()):
-                raise _Found(FAILS, f"other weights after a stop at step {at}")
+                raise _FoundError(FAILS, f"other weights after a stop at step {at}")
     return pickled
 
 
@@ -588,10 +602,10 @@ def _try_fit(recipe, folder):
     try:
         with _with_us():
             fit(recipe, LookaheadCallback(k=K, alpha=ALPHA), by_hand=by_hand)
-    except _Found as found:
+    except _FoundError as found:
         if found.outcome.status == REFUSED:
             raise
-    raise _Found(NOT_HERE, reason)
+    raise _FoundError(NOT_HERE, reason)
 
 
 def _bare_fit(recipe, folder):
@@ -605,12 +619,12 @@ def _bare_fit(recipe, folder):
             }
         except Exception as error:
             if not weights_only:
-                raise _Found(ALONE, _said(error)) from error
+                raise _FoundError(ALONE, _said(error)) from error
         else:
             break
     differ = [at for at, end in ends.items() if not equal(end, whole.weights())]
     if differ:
-        raise _Found(ALONE, f"other weights after a stop at step {', '.join(map(str, differ))}")
+        raise _FoundError(ALONE, f"other weights after a stop at step {', '.join(map(str, differ))}")
     return by_hand, not weights_only
 
 
@@ -621,16 +635,17 @@ def in_a_trainer(recipe, folder):
     callback, saves = LookaheadCallback(k=K, alpha=ALPHA), Saves(folder, "whole")
     with _with_us():
         whole, _ = fit(recipe, callback, saves, by_hand=by_hand)
+        _check_refused(recipe)
         (slow,) = callback.slow_weights
         if (slow.steps, slow.syncs) != (STEPS, STEPS // K):
-            raise _Found(FAILS, f"counts {slow.steps} steps and {slow.syncs} syncs")
+            raise _FoundError(FAILS, f"counts {slow.steps} steps and {slow.syncs} syncs")
     by_hand, pickled = _bare_fit(recipe, folder)
     with _with_us():
         for at, path in saves.paths.items():
             again = LookaheadCallback(k=K, alpha=ALPHA)
             module, _ = fit(recipe, again, by_hand=by_hand, path=path, weights_only=not pickled)
             if not _same(both(again, module), both(callback, whole)):
-                raise _Found(FAILS, f"other weights after a stop at step {at}")
+                raise _FoundError(FAILS, f"other weights after a stop at step {at}")
     return pickled
 
 
@@ -645,7 +660,7 @@ def saved_states(recipe, folder):
             for at, path in paths.items():
                 states = [torch.load(file, weights_only=False)["optimizer_states"] for file in (path, saves.paths[at])]
                 if not compare(*states):
-                    raise _Found(FAILS, f"another state of the optimizer at step {at}, k={k}, alpha={alpha}")
+                    raise _FoundError(FAILS, f"another state of the optimizer at step {at}, k={k}, alpha={alpha}")
     return False
 
 
@@ -659,6 +674,8 @@ def identical(left, right):
         return len(left) == len(right) and all(map(identical, left, right))
     if isinstance(left, torch.Tensor):
         return left.dtype == right.dtype and left.equal(right)
+    if hasattr(left, "__dict__"):  # an object of a package's own
+        return identical(vars(left), vars(right))
     return left == right
 
 

@@ -37,6 +37,7 @@ class Outer:
         self.statistics = self.clones(self.live())
         self.new = {parameter: copy.deepcopy(own) for parameter, own in optimizer.state.items()}
         self.follow()
+        self.look_at_groups()
 
     # -- what there is
 
@@ -70,6 +71,8 @@ class Outer:
                 self.phi[name] = parameter.detach().to(self.dtype or wider, copy=True)
         if self.taken < self.start_step:
             self.statistics = self.clones(self.live())
+
+    def look_at_groups(self):
         for group in self.optimizer.param_groups:
             self.cycles.setdefault(self.settings(group), Cycle())
 
@@ -77,10 +80,11 @@ class Outer:
 
     def before(self, *_):
         self.follow()
+        self.look_at_groups()
         self.frozen = self.frozen_now()
 
     def after(self, *_):
-        """Count the step, if it moved anything."""
+        """Count the step, if it moved anything; the first cycle begins here, before another forward pass."""
         if all(parameter.grad is None for parameter in self.listed()):
             return
         self.taken += 1
@@ -98,6 +102,7 @@ class Outer:
     @torch.no_grad()
     def sync(self, which=None, frozen=None):
         self.follow()
+        self.look_at_groups()
         frozen = self.frozen_now() if frozen is None else frozen
         for settings in which or self.due() or list(self.cycles):
             cycle = self.cycles[settings]

@@ -1,13 +1,13 @@
 """Random fits with `LookaheadCallback`, stopped and resumed, beside uninterrupted ones with a naive callback.
 
-``LOOKAHEAD_RANDOM_RUNS=2000 .venv/bin/pytest tests/random_runs`` takes new cases, so many of each test (``-n 2`` works);
-the number in a failing test's name, in ``LOOKAHEAD_RANDOM_SEED``, takes that one again.
+``LOOKAHEAD_RANDOM_RUNS=2000 .venv/bin/pytest tests/random_runs`` takes new cases, so many of each test, also with
+``-n 2``; the number in a failing test's name, in ``LOOKAHEAD_RANDOM_SEED``, takes that one again.
 """
 
 import contextlib
 import copy
 import random
-from pathlib import Path
+from fnmatch import fnmatchcase
 
 import pytest
 import torch
@@ -15,15 +15,15 @@ from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from naive import NaiveLookahead, Outer
 from random_cases import run, seeds
+from random_networks import OPTIMIZERS, Layers, coarse, counts_in, counts_of, go_together, make_optimizer, same
 from runs import make_trainer
-from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_lookahead import Cosine, Linear, LookaheadCallback, load_weights
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Lookahead. parameter .* in several optimizers"),  # that is asked for
-    pytest.mark.filterwarnings("ignore:.*Lightning couldn't infer|.*returned `None`"),
+    pytest.mark.filterwarnings("ignore:The dirpath has changed|Be aware that when using `ckpt_path`"),  # so it has
 ]
 
 DEFAULTS = {
@@ -59,43 +59,42 @@ DEFAULTS = {
     "stops": ((4, "on_train_batch_end", "raise"),),  # from which step on, where it is saved, how the run ends
 }
 
-MOMENTUM = {"SGD", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Muon", "SparseAdam"}
-STATELESS = {"LBFGS"}  # keeps one state for all
-OPTIMIZERS = sorted({*MOMENTUM, *STATELESS, "Adadelta", "Adafactor", "Adagrad", "ASGD", "Rprop"})
 PLACES = ("on_train_batch_end", "on_validation_start", "on_validation_end", "on_train_epoch_end", "ModelCheckpoint")
 
 
 def allowed(case):
     """Whether the parts of a case go together; where not, torch, Lightning or the callback refuses it."""
-    optimizer, net = case["optimizer"], case["net"]
-    sparse, alone = optimizer == "SparseAdam", optimizer == "LBFGS"
-    half = case["dtype"] == "bfloat16" or case["precision"] == "bf16-true"
-    places = {where for _, where, _ in case["stops"]}
+    optimizer, double = case["optimizer"], case["precision"] == "64-true"
     several, still = 1 in case["turns"], case["skips"] or any(patterns for _, patterns in case["freezes"])
-    return not any(
+    steps, places, ways = ([stop[part] for stop in case["stops"]] for part in range(3))
+    return go_together(as_trained(case)) and not any(
         (
-            sparse != (net == "sparse"),
-            sparse and (case["clip"] or case["partial"] or half),
-            optimizer == "Muon" and net != "matrices",
-            alone and (case["group"] or half or several),
-            (case["pullback_momentum"] == "pullback") > (optimizer in MOMENTUM),
-            alone and case["pullback_momentum"] != "none",
-            net == "sparse" and (several or case["group"] or case["exclude"]),
-            net == "matrices" and "*.bias" in case["exclude"],
-            case["buffers"] == "sync" and net != "norm",
+            case["net"] == "sparse" and (several or case["clip"] or case["partial"]),
             case["precision"] != "32-true" and case["dtype"] != "float32",
-            case["precision"] == "64-true" and net == "norm",  # Lightning loads statistics before it makes them double
-            case["clip"] == "value" and still,  # torch has no gradients to clip then
+            optimizer == "LBFGS" and (several or still),
             not several and (case["toggle"] or case["shared"] or case["sync_optimizers"] == "together"),
             set(case["turns"]) == {1},
             case["turns"] and (case["accumulate"] > 1 or case["scheduler"]),
-            case["accumulate"] > 1 and not places <= {"on_train_batch_end", "on_train_epoch_end"},
             case["validate"] > case["batches"],
-            any(way == "max_steps" for *_, way in case["stops"]) and case["unfinished_cycle"] == "sync",
-            list(case["stops"]) != sorted(case["stops"]),
+            "max_steps" in ways and case["unfinished_cycle"] == "sync",
+            steps != sorted(steps) or max(steps, default=0) >= case["steps"],
             not case["freezes"] or case["freezes"][0][0],
+            case["clip"] == "value" and (still or case["partial"]),  # torch finds no gradients to clip
+            coarse(as_trained(case)) and len(case["freezes"]) > 1,  # phi of what is frozen is rounded
+            # Resumed at its end, a run has no batch before which to freeze.
+            case["unfinished_cycle"] == "sync" and len(case["freezes"]) > 1,
+            # Without the callback, too, Lightning does not resume these bit for bit: statistics are loaded before they
+            # are made double, and its place in an epoch is lost.
+            case["net"] == "norm" and double,
+            case["accumulate"] > 1 and ("max_steps" in ways or {*places} - {"on_train_batch_end"}),
+            optimizer == "Adagrad" and double and case["pullback_momentum"] == "reset",  # its count becomes double, too
         )
     )
+
+
+def as_trained(case):
+    """The case with the type that the parameters have while they are trained."""
+    return {**case, "dtype": {"64-true": "float64", "bf16-true": "bfloat16"}.get(case["precision"], case["dtype"])}
 
 
 def draw(seed):
@@ -155,41 +154,21 @@ def choices(rng):
     }
 
 
-class Network(LightningModule):
+class Network(Layers, LightningModule):
     """What is trained in a case. All that happens depends on the step alone, as Lightning replays a part-epoch."""
 
     def __init__(self, case):
         super().__init__()
-        torch.manual_seed(1)
         self.case = case
         self.automatic_optimization = not case["turns"]
-        bias = case["net"] != "matrices"
-        self.first = nn.Embedding(5, 3, sparse=True) if case["net"] == "sparse" else nn.Linear(3, 4, bias=bias)
-        if case["net"] != "sparse":
-            self.norm = nn.BatchNorm1d(4) if case["net"] == "norm" else nn.Identity()
-            self.last = nn.Linear(4, 4, bias=bias)
-        if case["net"] == "tied":
-            self.more = nn.Linear(4, 4)
-            self.more.weight = self.last.weight
-        self.to(getattr(torch, case["dtype"]))
+        self.build(case["net"], getattr(torch, case["dtype"]))
         self.since, self.micro, self.seen = -1, 0, []
         self.freeze(0)
 
     def freeze(self, step):
         patterns = [patterns for begin, patterns in self.case["freezes"] if begin <= step][-1]
         for name, parameter in self.named_parameters():
-            parameter.requires_grad_(not any(Path(name).match(pattern) for pattern in patterns))
-
-    def loss(self, seed, part=False):  # noqa: FBT002
-        generator = torch.Generator().manual_seed(seed)
-        if self.case["net"] == "sparse":
-            return (self.first(torch.randint(5, (4,), generator=generator)) - 1).square().mean()
-        x = torch.randn(4, 3, dtype=torch.float64, generator=generator).to(self.first.weight.dtype)
-        hidden = self.norm(self.first(x)).tanh()
-        if not part:
-            hidden = self.last(hidden)
-            hidden = self.more(hidden) if self.case["net"] == "tied" else hidden
-        return (hidden - 1).square().mean()
+            parameter.requires_grad_(not any(fnmatchcase(name, pattern) for pattern in patterns))
 
     def on_train_batch_start(self, batch, batch_idx):
         self.freeze(self.trainer.global_step)
@@ -220,14 +199,17 @@ class Network(LightningModule):
             optimizer.zero_grad()
             self.micro = -1  # LBFGS calls it more than once
             loss = self.loss_now()
-            if loss is None:
-                return self.loss(0).detach()
-            self.manual_backward(loss)
-            if self.case["clip"]:
-                self.clip_gradients(optimizer, 0.05, self.case["clip"])
+            if loss is not None:
+                self.manual_backward(loss)
+                if self.case["clip"]:
+                    self.clip_gradients(optimizer, 0.05, self.case["clip"])
             return loss
 
-        optimizer.step(closure)
+        if self.case["optimizer"] == "LBFGS":
+            optimizer.step(closure)
+        else:
+            closure()
+            optimizer.step()
         if self.case["toggle"]:
             self.untoggle_optimizer(optimizer)
 
@@ -235,25 +217,18 @@ class Network(LightningModule):
         self.seen.append((self.trainer.global_step, Outer.clones(dict(self.named_parameters()))))
 
     def configure_optimizers(self):
-        first = [p for name, p in self.named_parameters() if name.startswith(("first", "norm"))]
-        second = [p for name, p in self.named_parameters() if not name.startswith(("first", "norm"))]
-        if self.1 in case["turns"]:
+        first, second = self.halves()
+        name, group = self.case["optimizer"], self.case["group"]
+        if 1 in self.case["turns"]:
+            groups = [{"params": first[:1]}, {"params": first[1:], **group}] if first[1:] else [{"params": first}]
             shared = [first[-1]] if self.case["shared"] else []
-            groups = [{"params": first[:1]}, {"params": first[1:], **self.case["group"]}]
-            optimizers = [self.make(groups if first[1:] else groups[:1]), self.make([{"params": [*second, *shared]}])]
-        elif self.case["group"]:
-            optimizers = [self.make([{"params": first}, {"params": second, **self.case["group"]}])]
-        else:
-            optimizers = [self.make([{"params": [*first, *second]}])]
-        if self.case["scheduler"]:
-            scheduler = torch.optim.lr_scheduler.StepLR(optimizers[0], 2, gamma=0.8)
-            return optimizers, [{"scheduler": scheduler, "interval": "step"}]
-        return optimizers
-
-    def make(self, groups):
-        name = self.case["optimizer"]
-        settings = {"momentum": 0.9} if name in {"SGD", "RMSprop"} else {}
-        return getattr(torch.optim, name)(groups, lr=0.05, **settings)
+            return [make_optimizer(name, groups), make_optimizer(name, [*second, *shared])]
+        groups = [{"params": first}, {"params": second, **group}] if group else [*first, *second]
+        optimizer = make_optimizer(name, groups)
+        if not self.case["scheduler"]:
+            return optimizer
+        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2, gamma=0.8)
+        return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
 
     def train_dataloader(self):
         return DataLoader(range(self.case["batches"]))
@@ -292,7 +267,7 @@ class Stop(Callback):
     def __init__(self, step, where, way, path):
         self.saved, self.last = False, 0
 
-        def save(trainer, pl_module, *_):
+        def save(trainer, *_):
             # Within accumulated batches nothing is saved: their gradients would be lost.
             between = where == "on_train_batch_end" and trainer.global_step == self.last
             self.last = trainer.global_step
@@ -310,6 +285,7 @@ class Stop(Callback):
 
 def fit(case, lookahead, *others, steps=None, ckpt_path=None):
     module, events = Network(case), Events(case, lookahead)
+    by_trainer = case["clip"] and not case["turns"]
     trainer = make_trainer(
         lookahead,
         events,
@@ -319,7 +295,7 @@ def fit(case, lookahead, *others, steps=None, ckpt_path=None):
         accumulate_grad_batches=case["accumulate"],
         limit_val_batches=1 if case["validate"] else 0,
         val_check_interval=case["validate"] or None,
-        **({"gradient_clip_val": 0.05, "gradient_clip_algorithm": case["clip"]} if not case["turns"] else {}),
+        **({"gradient_clip_val": 0.05, "gradient_clip_algorithm": case["clip"]} if by_trainer else {}),
     )
     with contextlib.suppress(StoppedError):
         trainer.fit(module, ckpt_path=ckpt_path)
@@ -327,8 +303,9 @@ def fit(case, lookahead, *others, steps=None, ckpt_path=None):
 
 
 def options_of(case):
-    names = "k alpha start_step eval_weights unfinished_cycle sync_optimizers pullback_momentum slow_dtype slow_device buffers"
-    return {**{name: case[name] for name in names.split()}, "exclude": list(case["exclude"])}
+    names = ("k", "alpha", "start_step", "pullback_momentum", "slow_dtype", "slow_device", "buffers")
+    names += ("eval_weights", "unfinished_cycle", "sync_optimizers")
+    return {**{name: case[name] for name in names}, "exclude": list(case["exclude"])}
 
 
 def stopped_and_resumed(case, folder):
@@ -337,19 +314,19 @@ def stopped_and_resumed(case, folder):
     for number, (step, where, way) in enumerate([*case["stops"], (None, "", "go on")]):
         lookahead, at = LookaheadCallback(**options_of(case)), folder / f"{number}.ckpt"
         others = [Stop(step, where, way, at)] if step else []
-        if where == "ModelCheckpoint":
+        if where == "ModelCheckpoint" and way != "max_steps":
             every = folder / str(number)
             others.append(ModelCheckpoint(every, "{step}", every_n_train_steps=1, save_top_k=-1))
         steps = step if way == "max_steps" else None
         trainer, module, _ = fit(case, lookahead, *others, steps=steps, ckpt_path=path)
         seen += module.seen
-        if step and where == "ModelCheckpoint":
+        if way == "max_steps":
+            trainer.save_checkpoint(at)
+        elif where == "ModelCheckpoint":
             found = {int(file.stem.partition("=")[2]): file for file in every.glob("*.ckpt")}
             paths += found.values()
-            at = found.get(min((number for number in found if number >= step), default=None))
-        elif way == "max_steps":
-            trainer.save_checkpoint(at)
-        if at is None or not at.exists():  # the hook was not called any more: the run is over
+            at = found.get(min((number for number in found if number >= step), default=None), at)
+        if not at.exists():  # the hook was not called any more: the run is over
             break
         path = at
         paths.append(at)
@@ -364,36 +341,8 @@ def kept(naive, trainer, pl_module):
     return {
         **naive.both(pl_module),
         "optimizers": copy.deepcopy([optimizer.state_dict() for optimizer in trainer.optimizers]),
-        "counts": [(outer.taken, *counts_of(outer)) for outer in naive.outers],
+        "counts": [counts_of(outer) for outer in naive.outers],
     }
-
-
-def counts_of(outer):
-    return [(cycle.since, cycle.syncs) for cycle in outer.cycles.values()]
-
-
-def counts_in(state):
-    cycles = [(own["steps_since_sync"], own["syncs"]) for own in [state, *state.get("groups", [])]]
-    return (state["steps"], *cycles)
-
-
-def same(ours, expected, what):
-    """Raise unless both are equal, down to the bits and types of tensors."""
-    if isinstance(expected, dict):
-        same(list(ours), list(expected), f"{what}, names")
-        for name, value in expected.items():
-            same(ours[name], value, f"{what}, {name}")
-    elif isinstance(expected, torch.Tensor):
-        if ours.dtype != expected.dtype or not torch.equal(ours, expected):
-            apart = (ours - expected).abs().max() if ours.shape == expected.shape else "of another shape"
-            message = f"{what}: {ours.dtype} instead of {expected.dtype}, {apart} apart"
-            raise AssertionError(message)
-    elif isinstance(expected, (list, tuple)) and len(ours) == len(expected):
-        for index, value in enumerate(expected):
-            same(ours[index], value, f"{what}, {index}")
-    elif ours != expected:
-        message = f"{what}: {ours} instead of {expected}"
-        raise AssertionError(message)
 
 
 def check_checkpoint(path, history, case):
@@ -433,7 +382,7 @@ def check(case, folder):
     same([counts_in(slow.state_dict()) for slow in lookahead.slow_weights], end["counts"], "counts")
 
 
-@pytest.mark.parametrize("seed", seeds(40))
+@pytest.mark.parametrize("seed", seeds(25))
 def test_a_fit_that_is_stopped_and_resumed_is_that_of_a_naive_callback(seed, tmp_path):
     folders = (tmp_path / str(number) for number in range(10**6))
 
