@@ -480,7 +480,11 @@ class SlowWeights:
             )
             raise RuntimeError(message)
         begins = self._inner_steps.reached(self._start_step)
-        if begins or not self._looked or pending is not None:
+        if pending is not None:
+            self._settle()
+            if not pending.begun:  # there is one set still
+                self._persistence.pending = None
+        if begins or not self._looked:
             self._settle()
         self._go_on(begins=begins)
 

@@ -1,7 +1,7 @@
 """Run by `test_random_sharded.py` under torchrun: ``random_sharded_worker.py FOLDER KIND SEED...``.
 
-Each seed is a random configuration. It is trained, saved at every step and resumed from two of them. The resumed run has to
-be the uninterrupted one bit for bit.
+Each seed is a random configuration. It is trained, saved at every step and resumed from two of them. The resumed run
+has to be the uninterrupted one bit for bit.
 """
 
 import random
