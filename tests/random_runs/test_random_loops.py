@@ -343,3 +343,6 @@ def test_the_naive_outer_loop_is_algorithm_1(optimizer):
         expected = dict(zip(plain.weights(), phi, strict=True))
         same(naive.weights(), plain.weights(), "theta")
         same(naive.both()["phi"], expected, "phi")
+
+
+pytestmark = pytest.mark.slow  # until it is known how long they take
