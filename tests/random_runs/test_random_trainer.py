@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader
 from lightning_lookahead import Cosine, Linear, LookaheadCallback, load_weights
 
 pytestmark = [
+    pytest.mark.slow,  # until it is known how long they take
     pytest.mark.filterwarnings("ignore:Lookahead. parameter .* in several optimizers"),  # that is asked for
     pytest.mark.filterwarnings("ignore:The dirpath has changed|Be aware that when using `ckpt_path`"),  # so it has
 ]
