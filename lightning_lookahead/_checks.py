@@ -189,8 +189,10 @@ def check_entries(entry: str, values: dict[str, Tensor], parameters: dict[str, T
 def _is_group(group: object, total: int) -> bool:
     if not isinstance(group, dict):
         return False
-    counts = [group.get("steps_since_sync"), group.get("syncs")]
-    return all(type(count) is int and 0 <= count <= total for count in counts)
+    since, syncs = group.get("steps_since_sync"), group.get("syncs")
+    return (
+        type(since) is int and 0 <= since <= total and type(syncs) is int and syncs >= 0
+    )  # `sync_now()` takes no step
 
 
 def check_saved(state: object, where: object = "The checkpoint") -> None:

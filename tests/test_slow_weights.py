@@ -681,6 +681,16 @@ def test_bad_counters_are_refused_and_change_nothing():
     assert slow.counters() == before
 
 
+def test_more_syncs_than_steps_are_no_damage():
+    weights = [nn.Parameter(torch.ones(1)) for _ in range(2)]
+    slow = SlowWeights(torch.optim.SGD([{"params": weights[:1], "lookahead_k": 1}, {"params": weights[1:]}], lr=0.1))
+    slow.sync()
+    slow.sync()
+    assert slow.counters()["groups"] == [{"steps_since_sync": 0, "syncs": 2}]
+    slow.load_state_dict(slow.state_dict())
+    assert slow.syncs == 2
+
+
 def test_other_settings_in_a_checkpoint_give_way_with_one_warning():
     problem = Problem()
     saved = SlowWeights(problem.optimizer, k=5, alpha=0.5).state_dict()
