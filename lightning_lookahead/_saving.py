@@ -245,10 +245,11 @@ class SavingCallback(Callback):
     def _show_to_others(self, state_dict: dict[str, Any]) -> None:
         """Let the module hold what the checkpoint does while others look at it in their ``on_save_checkpoint``.
 
-        Not within a batch, where a backward may be to come that would notice. The strategy's ``save_checkpoint`` ends
+        Not within a batch, where a backward may be to come that would notice, and not where the weights are sharded,
+        whose ``state_dict`` may be views of them. The strategy's ``save_checkpoint`` ends
         it, or the next batch where that is never called. What of the ``state_dict`` is not a copy goes with the swap.
         """
-        if self._in_batch:
+        if self._in_batch or any(slow.sharded for slow in self.slow_weights):
             return
         self._shown = [slow for slow in self.slow_weights if slow.counting and slow.holds != self.eval_weights]
         live = {place(value): p for slow in self._shown for p, value in slow.values(self.eval_weights).items()}

@@ -174,6 +174,7 @@ BAD = {
 }
 
 
+@pytest.mark.timeout(900)  # a process for each
 def test_a_bad_value_gives_one_line_and_exit_code_2():
     trainer = make_trainer(max_steps=2)
     trainer.fit(Model(), Data())

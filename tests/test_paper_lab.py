@@ -144,7 +144,7 @@ def test_the_networks_are_the_papers():
 @pytest.mark.parametrize("settings", [{}, {"k": 5}, {"average": 0.9}, {"k": 4, "optimizer": "adamw", "lr": 1e-3}])
 def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(tmp_path, settings, monkeypatch):
     digits = images.load("digits")
-    run = Settings("digits", epochs=3, width=4, limit=200, batch_size=32, **settings)
+    run = Settings("digits", epochs=3, width=8, limit=200, batch_size=32, **settings)
     whole = train(run, digits, tmp_path / "whole")
 
     begin = Classifier.on_train_epoch_start
@@ -161,7 +161,7 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(tmp_path, settings
 
 
 def test_a_run_that_diverges_says_after_which_step(tmp_path):
-    run = Settings("digits", lr=1e12, k=5, epochs=1, width=4, limit=200, batch_size=32)
+    run = Settings("digits", lr=1e12, k=5, epochs=1, width=8, limit=200, batch_size=32)
     results = train(run, images.load("digits"), tmp_path)
     assert list(results) == ["diverged"]
     assert 0 < results["diverged"] < 6

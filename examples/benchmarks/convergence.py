@@ -175,7 +175,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
         test=args.test,
     )
     if args.smoke:
-        common = replace(common, width=4, steps=30, every=5, train=2.3, test=2.3)
+        common = replace(common, width=8, steps=30, every=5, train=2.3, test=2.3)
     bases = [replace(common, optimizer=optimizer, k=k) for optimizer in GRIDS for k in (0, 5)]
     rows = []
     for base in bases:

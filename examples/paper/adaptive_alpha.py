@@ -60,12 +60,13 @@ class Adaptive(Settings):
 class Alphas(Callback):
     """The alpha of every sync, kept in the checkpoint."""
 
-    def __init__(self) -> None:
+    def __init__(self, lookahead: LookaheadCallback) -> None:
+        self.lookahead = lookahead
         self.values: list[float] = []
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         if trainer.global_step % pl_module.settings.k == 0:
-            self.values.append(round(trainer.callback_metrics["lookahead/alpha"].item(), 4))
+            self.values.append(round(self.lookahead.slow_weights[0].last_alpha or 0.0, 4))
 
     def state_dict(self) -> dict[str, Any]:
         return {"values": self.values}
@@ -78,8 +79,8 @@ def adapted(settings: Adaptive, images: Images, folder: Path) -> Record:
     """One run; with an estimated alpha its results hold the alpha of every sync."""
     if not settings.curvature:
         return train(settings, images, folder)
-    alphas = Alphas()
     lookahead = LookaheadCallback(settings.k, AdaptiveAlpha(settings.curvature), nonfinite="skip")
+    alphas = Alphas(lookahead)
     return {**train(settings, images, folder, lookahead, alphas), "alphas": alphas.values}
 
 

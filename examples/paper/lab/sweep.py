@@ -22,7 +22,7 @@ FULL = {"width": 64, "epochs": 200}
 """The paper's network and length."""
 SMALL = {"width": 8, "size": 14}
 """What two CPU cores do in hours."""
-SMOKE = {"width": 4, "size": 0, "epochs": 1, "batch_size": 32, "limit": 256}
+SMOKE = {"width": 8, "size": 0, "epochs": 1, "batch_size": 32, "limit": 256}
 """A few steps."""
 
 
