@@ -142,6 +142,10 @@ def check_state(state: object) -> None:
     if since > total:
         message = f"state_dict has steps_since_sync={since} and steps={total}; it cannot be more."
         raise ValueError(message)
+    frozen = state.get("frozen")
+    if frozen is not None and not (isinstance(frozen, list) and all(isinstance(name, str) for name in frozen)):
+        message = f"state_dict['frozen'] is {frozen!r}; it must be a list of names of parameters, or None."
+        raise ValueError(message)
     check_weights(state.get("saved_with", "slow"), "state_dict['saved_with']")
     check_dtype(state.get("slow_dtype"))
     for part in TENSORS:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, field
+from itertools import chain, repeat
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -141,6 +142,7 @@ class Persistence:
 
     def counters(self) -> dict[str, Any]:
         """Settings and counts: the state without a tensor."""
+        self._cycles.update(max(self._inner_steps.total, self._start_step))  # of groups that were added since a step
         first, *others = [
             {"steps_since_sync": max(self._inner_steps.total - cycle.begins, 0), "syncs": cycle.syncs}
             for cycle in self._cycles
@@ -150,9 +152,16 @@ class Persistence:
             "steps": self._inner_steps.total,
             **first,
             **({"groups": others} if others else {}),
+            "frozen": self._frozen_names(),
             "saved_with": self.saved_with,
             "slow_dtype": None if self._tracked.dtype is None else str(self._tracked.dtype).removeprefix("torch."),
         }
+
+    def _frozen_names(self) -> list[str] | None:
+        if self._tracked.frozen is None:
+            return None
+        names = self.names()
+        return [names[parameter] for parameter in self._tracked.frozen]
 
     def state_dict(self, *, whole: bool, lean: bool) -> dict[str, Any]:
         """The state of the outer loop, see `lightning_lookahead._saved_format`. No tensor of it is a live one.
@@ -199,7 +208,7 @@ class Persistence:
         for which in OTHER:
             own = self._tracked.values(which)
             if lean:
-                own = {p: value for p, value in own.items() if not value.equal(beside[p].to(p).to(value))}
+                own = {p: value for p, value in own.items() if not _agree(value, beside[p].to(p))}
             elif which == self.saved_with:  # slow weights that the model cannot hold without rounding
                 own = {p: value for p, value in own.items() if self._tracked.is_apart(p) and which == "slow"}
             if own:
@@ -233,9 +242,12 @@ class Persistence:
         self._inner_steps.restore(state["steps"])
         self._tracked.update_if_more()
         self._cycles.update(max(state["steps"], self._start_step))
-        for cycle, saved in zip(self._cycles, [state, *state.get("groups", [])], strict=False):
+        new = {"steps_since_sync": 0, "syncs": 0}  # of groups that were added since
+        for cycle, saved in zip(self._cycles, chain([state, *state.get("groups", [])], repeat(new)), strict=False):
             cycle.begins = max(state["steps"] - saved["steps_since_sync"], self._start_step)
             cycle.syncs = saved["syncs"]
+        frozen = state.get("frozen")
+        self._tracked.frozen = None if frozen is None else [p for p, name in self.names().items() if name in frozen]
         self.pending = pending
 
     def compare(self, state_dict: Mapping[str, Any]) -> None:
@@ -336,6 +348,7 @@ class Persistence:
         self._tracked.update(pending.parameters)  # also what is frozen now: it was trained when it was saved
         self._cycles.update(max(self._inner_steps.total, self._start_step))
         self._tracked.start()
+        self._tracked.begun = pending.begun
         self._momentum.restore(pending.momentum)
         pending.left_out = changed = pending.unlike()
         if changed:
@@ -355,8 +368,14 @@ class Persistence:
             self._tracked.start()
         if self._buffers is not None:
             self._buffers.start()
-            for which, statistics in pending.statistics.items():
+            for which, statistics in pending.statistics.items() if pending.begun else ():
                 copy_(self._buffers.live if which == "fast" else self._buffers.kept, statistics)
+
+
+def _agree(value: Tensor, other: Tensor) -> bool:
+    """Whether two tensors, of two types perhaps, have the same values: neither is rounded for it."""
+    common = torch.promote_types(value.dtype, other.dtype)
+    return torch.equal(value.to(common), other.to(value.device, common))
 
 
 def _was_rounded(value: Tensor, parameter: Tensor) -> bool:

@@ -8,6 +8,7 @@ The state of one outer loop, what `SlowWeights.state_dict` returns:
 ``steps_since_sync`` inner steps since the last sync
 ``syncs``            syncs done
 ``groups``           the last two for each further cycle, if groups have a ``k`` or ``alpha`` of their own
+``frozen``           names of the parameters that needed no gradient at the last step of a cycle whose sync is to come
 ``saved_with``       ``"slow"`` or ``"fast"``: the set that the model's own ``state_dict`` holds
 ``slow_dtype``       as it was set
 ``weights``          the other set: its name -> parameter name -> tensor; slow weights that the model's ``state_dict``

@@ -46,6 +46,9 @@ class Tracked:
         holds: Which weights the parameters hold.
         dtype: Of the second tensors, as it was chosen.
         listed: All parameters of the optimizer: one that another optimizer owns moves in a step, too.
+        begun: Whether there are two sets: until the first cycle begins there is one.
+        shared: Those that another optimizer moves, too.
+        frozen: Those that needed no gradient at the last step of a cycle, until its sync.
     """
 
     def __init__(
@@ -65,6 +68,9 @@ class Tracked:
         self._exclude = set(exclude)
         self.dtype, self._device = dtype, device
         self.listed: list[Tensor] = []
+        self.begun = False
+        self.shared: Collection[Tensor] = ()
+        self.frozen: list[Tensor] | None = None
         self._idle: list[Tensor] = []
         self.update()
 
@@ -112,6 +118,17 @@ class Tracked:
         self._offload.forget()
         copy_(self.kept.values(), self.kept)
 
+    def note_frozen(self) -> None:
+        """Note which need no gradient now."""
+        self.frozen = [parameter for parameter in self.kept if not parameter.requires_grad]
+
+    def take_frozen(self) -> set[Tensor]:
+        """Those that were noted, once; those that need no gradient now, if none was."""
+        if self.frozen is None:
+            self.note_frozen()
+        frozen, self.frozen = set(self.frozen or ()), None
+        return frozen
+
     # -- syncing
 
     def prepare(self) -> None:
@@ -148,8 +165,10 @@ class Tracked:
     def values(self, weights: Weights) -> dict[Tensor, Tensor]:
         """Each trained parameter and its value in ``weights``: live tensors, not copies."""
         if weights == "fast":
-            return {p: p for p in self.kept} if self.holds == "fast" else {**self.kept, **self._aside}
+            return {p: p for p in self.kept} if self.holds == "fast" or not self.begun else {**self.kept, **self._aside}
         held = set() if self.holds == "fast" else self.kept.keys() - self._aside.keys()
+        if not self.begun:  # then a second tensor of fewer digits has not even the one set
+            held = {p for p, kept in self.kept.items() if torch.promote_types(p.dtype, kept.dtype) != kept.dtype}
         return {parameter: parameter if parameter in held else kept for parameter, kept in self.kept.items()}
 
     @torch.inference_mode(mode=False)  # in which Lightning validates; what is kept outlives it
@@ -160,7 +179,8 @@ class Tracked:
             weights: The set that they hold then.
             synced: No step was taken since both were made equal: what was written from outside since belongs to both.
         """
-        if weights == self.holds:
+        if weights == self.holds or not self.begun:
+            self.holds = weights
             return
         if weights == "slow":
             apart = [parameter for parameter in self.kept if self.is_apart(parameter)]
@@ -173,7 +193,7 @@ class Tracked:
         if synced:
             parted = self._parted  # in the swap that this one undoes
             if weights == "slow":
-                self._parted = parted = self.adopt()
+                self._parted = parted = self.adopt(self.shared)
             else:
                 self.adopt(parted)
                 self._parted = set()
@@ -185,17 +205,17 @@ class Tracked:
         self._aside = aside
         self.holds = weights
 
-    def adopt(self, except_for: Collection[Tensor] = ()) -> set[Tensor]:
+    def adopt(self, except_for: Collection[Tensor]) -> set[Tensor]:
         """Right after a sync, let both sets have what was written into the parameters from outside since.
 
         Returns:
             Those of which the sets remain two: no slow weight becomes infinite or NaN by this.
         """
-        written = {p: kept for p, kept in self.kept.items() if p not in except_for and not equal(p, kept.to(p))}
-        bad = {p for p in written if not_finite([p])}
-        finite = {p: kept for p, kept in written.items() if p not in bad}
-        copy_(finite.values(), finite)
-        return bad
+        unlike = {p: kept for p, kept in self.kept.items() if not equal(p, kept.to(p))}
+        two = {p for p in unlike if p in except_for or not_finite([p])}
+        written = {p: kept for p, kept in unlike.items() if p not in two}
+        copy_(written.values(), written)
+        return two
 
     def is_apart(self, parameter: Tensor) -> bool:
         """Whether its second tensor is of another dtype or on another device."""
@@ -204,7 +224,7 @@ class Tracked:
 
     def end_swap(self) -> None:
         """Take what the parameters hold now for the fast weights: something was loaded into them."""
-        self.holds, self._aside = "fast", {}
+        self.holds, self._aside, self.begun = "fast", {}, False
         self._offload.forget()
 
     @torch.inference_mode(mode=False)

@@ -242,6 +242,7 @@ class LookaheadCallback(SavingCallback):
                 measure_distance=self.log_distance,
             )
             self.slow_weights.append(slow)
+            slow.share(parameter for other in elsewhere for parameter in other)
         if any(slow.sharded for slow in self.slow_weights):
             check_sharded_options(
                 log_distance=self.log_distance, check_ranks=self.check_ranks, slow_device=self.slow_device
@@ -266,6 +267,7 @@ class LookaheadCallback(SavingCallback):
         self._trainer = trainer
         for slow in self.slow_weights:
             slow.put("fast")
+            slow.go_on()
         if self.monitor is not None and self.slow_weights:
             self.monitor.begin(trainer, self.slow_weights[0])
         for slow in self.slow_weights:  # the checkpoint was saved after the k-th step and before its on_train_batch_end
@@ -333,10 +335,10 @@ class LookaheadCallback(SavingCallback):
             message = "sync_now() was called outside of a fit: there is nothing to sync."
             raise RuntimeError(message)
         for slow in self._counting():
-            self._sync(slow)
+            slow.sync()
+            self._record_sync(slow)
 
-    def _sync(self, slow: SlowWeights) -> None:
-        slow.sync()
+    def _record_sync(self, slow: SlowWeights) -> None:
         if self.monitor is not None and slow is self.slow_weights[0] and self._trainer is not None:
             self.monitor.after_sync(self._trainer, slow)
 
@@ -377,7 +379,8 @@ class LookaheadCallback(SavingCallback):
         if self.unfinished_cycle == "sync":
             for slow in self._counting():
                 if slow.steps_since_sync:
-                    self._sync(slow)
+                    slow.sync_unfinished()
+                    self._record_sync(slow)
         if self.monitor is not None and self._counting():
             self.monitor.end(trainer)
         for slow in self._counting():

@@ -206,14 +206,13 @@ class SlowWeights:
         self._sharded = module if sharded else None
         self._start_step = start_step
         self._started = False  # until the first step of the first cycle phi follows the parameters
-        self._frozen: list[Tensor] | None = None  # at the last step of a cycle
         self._backward_seen = (
             BackwardSeen(module, parameters_of(optimizer))
             if module is not None and BackwardSeen.needed(module, parameters_of(optimizer))
             else None
         )
+        self._begins_now = False  # whether the step that is under way is the first one
         self._looked = False  # whether both sets were in their places since something was loaded
-        self._followed = False  # whether phi has followed the parameters
         self._persistence = Persistence(
             optimizer,
             k,
@@ -319,7 +318,7 @@ class SlowWeights:
         """Right after a sync, let both sets have what was written into the parameters from outside since."""
         self._settle()
         if self._synced and self.holds == "fast":
-            self._tracked.adopt()
+            self._tracked.adopt(self._tracked.shared)
 
     def fingerprint(self) -> int:
         """A sum over the bits of the weights that the parameters hold, on this rank: of other weights it is another."""
@@ -375,7 +374,7 @@ class SlowWeights:
         self._persistence.load_state_dict(state_dict)
         if model is not None:
             self._persistence.compare(model)
-        self._started = self._looked = self._followed = False
+        self._started = self._looked = False
         self._tracked.end_swap()
         if self.waits:  # the model was loaded before
             self._settle()
@@ -385,22 +384,29 @@ class SlowWeights:
         """Whether something was loaded that waits for the model to be loaded, too, and now can take its place."""
         return self._persistence.pending is not None and self._persistence.pending.fits
 
+    def when_loaded(self) -> None:
+        """Put what waits for the module in its place: the module was loaded just now, its statistics, too."""
+        if self._persistence.pending is not None:
+            self._persistence.pending.placed = False
+        if self.waits:
+            self.put("fast")
+
     def _settle(self) -> None:
         """Make both sets what they have to be before anything looks at them or moves them."""
-        waits = self._persistence.pending is not None
-        if self.holds == "slow" or (self._started and not waits):
+        pending = self._persistence.pending
+        if self.holds == "slow" or (self._started and pending is None):
             return
         if self._sharded is not None:
             reshard(self._sharded)
         self._looked = True
-        if waits:
+        if pending is not None:
             self._persistence.place()
-            return
+            if pending.begun:
+                return
         self._tracked.update_if_other()
         self._tracked.start()
-        if self.buffers is not None and (not self._followed or self._start_step):  # later the first forward moved them
+        if self.buffers is not None:
             self.buffers.start()
-        self._followed = True
 
     # -- counting
 
@@ -444,7 +450,8 @@ class SlowWeights:
         if is_rehearsal(optimizer):
             return
         has_closure = named.get("closure") is not None or len(arguments) > 1
-        if not self._inner_steps.begin(optimizer, moves=not has_closure and self._has_gradient()):
+        moves = self._has_gradient()
+        if not self._inner_steps.begin(optimizer, moves=moves and not has_closure):
             return
         if self.holds == "slow":
             message = (
@@ -452,12 +459,14 @@ class SlowWeights:
                 " `with ...use('slow')` block (or the validation) is left."
             )
             raise RuntimeError(message)
-        if not self._started:
+        moves = moves or has_closure  # as far as can be known
+        self._begins_now = moves and not self._started
+        if self._begins_now:
             self._begin(has_closure=has_closure)
         self.track_new()
-        if any(self._inner_steps.counted + 1 >= cycle.ends for cycle in self._cycles):
+        if moves and any(self._inner_steps.counted + 1 >= cycle.ends for cycle in self._cycles):
             # Later it may be another optimizer's turn, for which this one's parameters need no gradient.
-            self._frozen = _frozen(self._tracked.kept)
+            self._tracked.note_frozen()
 
     def track_new(self) -> None:
         """Take in parameters that were added or unfrozen: their slow weights begin where they are now."""
@@ -467,7 +476,7 @@ class SlowWeights:
     def _has_gradient(self) -> bool:
         if self._backward_seen is not None:
             return self._backward_seen.since_last
-        return any(parameter.grad is not None for parameter in self._tracked.listed)
+        return any(parameter.grad is not None for parameter in parameters_of(self.optimizer))
 
     def _begin(self, *, has_closure: bool) -> None:
         """Begin, or go on with, training: what was loaded takes its place for good."""
@@ -488,10 +497,20 @@ class SlowWeights:
             self._settle()
         self._go_on(begins=begins)
 
+    def go_on(self) -> None:
+        """Say that all is loaded: what moves the parameters from here on is training, also another optimizer's."""
+        self._settle()
+        self._go_on(begins=False)
+
+    def share(self, parameters: Iterable[Tensor]) -> None:
+        """Say that another optimizer moves these parameters, too: not all that a step did not move is from outside."""
+        self._tracked.shared = set(parameters)
+
     def _go_on(self, *, begins: bool) -> None:
         """Let go of what was loaded: from here on the weights are moved."""
         pending, self._persistence.pending = self._persistence.pending, None
         self._started = self._started or begins or (pending is not None and pending.begun)
+        self._tracked.begun = self._started
 
     def _after_step(self, optimizer: Optimizer, *_: object) -> None:
         if is_rehearsal(optimizer):
@@ -499,6 +518,8 @@ class SlowWeights:
         counted = self._inner_steps.end(optimizer, moved=self._has_gradient())
         if self._backward_seen is not None:
             self._backward_seen.since_last = False
+        if self._begins_now and not counted and self._inner_steps.counted <= self._start_step:
+            self._started = self._tracked.begun = False  # a closure without a gradient: the first cycle has not begun
         if counted and self._fetches and self._inner_steps.counted + 1 in {c.ends for c in self._cycles}:
             self._tracked.prepare()
         if counted and self._sync_in_step and self.due:
@@ -516,17 +537,22 @@ class SlowWeights:
             RuntimeError: If the parameters hold the slow weights, or if a fast weight is not finite and that is to
                 raise.
         """
+        self._sync(lambda: self._ended() or list(self._cycles))
+
+    def sync_unfinished(self) -> None:
+        """Do the outer step of each cycle that has begun, as at the end of training; `sync` says the rest."""
+        if self.steps_since_sync:
+            self._sync(lambda: [cycle for cycle in self._cycles if self._since(cycle)])
+
+    def _sync(self, which: Callable[[], list[Cycle]]) -> None:
         if self.holds == "slow":
             message = "sync() was called while the parameters hold the slow weights: leave use('slow') first."
             raise RuntimeError(message)
-        self._settle()
-        self._go_on(begins=self._inner_steps.reached(self._start_step))
+        self.go_on()
         self._tracked.update_if_other()
         self._cycles.update(max(self.steps, self._start_step))
-        ended = self._ended() or list(self._cycles)
-        own = {cycle: self._cycles.of(cycle, self._tracked.kept) for cycle in ended}
-        frozen = set(_frozen(self._tracked.kept) if self._frozen is None else self._frozen)
-        self._frozen = None
+        own = {cycle: self._cycles.of(cycle, self._tracked.kept) for cycle in which()}
+        frozen = self._tracked.take_frozen()
         moving = {
             cycle: {p: slow for p, slow in kept.items() if p not in frozen} if frozen else kept
             for cycle, kept in own.items()
@@ -552,12 +578,10 @@ class SlowWeights:
             cycle.begins = max(self.steps, self._start_step)
 
     def _move(self, cycle: Cycle, trained: dict[Tensor, Tensor], pairs: Pairs) -> None:
-        if not trained:  # all frozen
-            cycle.syncs += 1
-            return
         alpha = self._step_size(cycle, trained)
-        self._tracked.sync(trained, pairs, alpha)
-        self._momentum.after_sync(trained, alpha)
+        if trained:  # not all frozen
+            self._tracked.sync(trained, pairs, alpha)
+            self._momentum.after_sync(trained, alpha)
         if self.buffers is not None and cycle is next(iter(self._cycles)) and not not_finite(self.buffers.live):
             self.buffers.sync(alpha)
         cycle.syncs += 1
@@ -567,7 +591,7 @@ class SlowWeights:
         adaptive = cycle.step_size
         if not isinstance(adaptive, AdaptiveAlpha):
             return alpha_at(adaptive, cycle.syncs)
-        if adaptive.needs_loss and self.loss is None:  # a sync that was due when the run was stopped
+        if not trained or (adaptive.needs_loss and self.loss is None):  # a sync that was due when the run was stopped
             return adaptive.alpha_low
         reduce = adaptive.needs_loss and isinstance(self._module, DistributedDataParallel)
         return adaptive.step_size(self.optimizer, trained, self.loss, reduce=reduce)
@@ -639,8 +663,8 @@ class WhenLoaded:
     def __call__(self, *_: object) -> None:
         """Put the fast weights in their place, if they wait for it."""
         slow = self._slow()
-        if slow is not None and slow.waits:
-            slow.put("fast")
+        if slow is not None:
+            slow.when_loaded()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _no_one_is_told, ()
@@ -665,8 +689,3 @@ def _check_parameters(optimizer: Optimizer, module: nn.Module | None) -> bool:
         message = "optimizer has sharded parameters: give the module that they belong to, too, as module=."
         raise ValueError(message)
     return sharded
-
-
-def _frozen(kept: dict[Tensor, Tensor]) -> list[Tensor]:
-    """Those that need no gradient now."""
-    return [parameter for parameter in kept if not parameter.requires_grad]

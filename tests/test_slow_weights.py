@@ -839,7 +839,10 @@ def test_optimizers_that_cannot_be_looked_ahead_with_are_refused():
 
     with pytest.raises(ValueError, match="meta device"):
         SlowWeights(torch.optim.SGD(nn.Linear(2, 2, device="meta").parameters()))
-    for refused, reason in ((Lookahead, "pull back twice"), (ZeroRedundancyOptimizer, "a part of its state on each rank")):
+    for refused, reason in (
+        (Lookahead, "pull back twice"),
+        (ZeroRedundancyOptimizer, "a part of its state on each rank"),
+    ):
         with pytest.raises(ValueError, match=reason):
             SlowWeights(refused([nn.Parameter(torch.ones(1))]))
 

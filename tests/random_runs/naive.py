@@ -64,13 +64,17 @@ class Outer:
         return {name for name, parameter in self.own().items() if not parameter.requires_grad}
 
     def follow(self):
-        """Until the first cycle begins phi is theta; and it starts there for a parameter that joins."""
+        """Until the first step of the first cycle phi is theta; and it starts there for a parameter that joins."""
         for name, parameter in self.own().items():
-            if self.taken <= self.start_step if name in self.phi else parameter.requires_grad:
+            if not self.begun() if name in self.phi else parameter.requires_grad:
                 wider = torch.promote_types(parameter.dtype, torch.float32)
                 self.phi[name] = parameter.detach().to(self.dtype or wider, copy=True)
-        if self.taken < self.start_step:
+        if not self.begun():
             self.statistics = self.clones(self.live())
+
+    def begun(self):
+        """Whether the first step of the first cycle was taken."""
+        return self.taken > self.start_step
 
     def look_at_groups(self):
         for group in self.optimizer.param_groups:
@@ -84,15 +88,13 @@ class Outer:
         self.frozen = self.frozen_now()
 
     def after(self, *_):
-        """Count the step, if it moved anything; the first cycle begins here, before another forward pass."""
+        """Count the step, if it moved anything."""
         if all(parameter.grad is None for parameter in self.listed()):
             return
         self.taken += 1
         if self.taken > self.start_step:
             for cycle in self.cycles.values():
                 cycle.since += 1
-        else:
-            self.statistics = self.clones(self.live())
 
     def due(self):
         return [own for own, cycle in self.cycles.items() if cycle.since >= round(at(own[0] or self.k, cycle.syncs))]
@@ -142,7 +144,7 @@ class Outer:
         if weights == "slow":
             self.follow()
             places = {**self.own(), **self.live()}
-            values = {**(self.phi if self.taken > self.start_step else {}), **self.statistics}
+            values = {**(self.phi if self.begun() else {}), **self.statistics}
             self.aside = self.clones({name: places[name] for name in values})
         else:
             places, values = {**self.own(), **self.live()}, self.aside

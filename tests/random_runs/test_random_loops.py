@@ -57,7 +57,7 @@ def allowed(case):
             case["net"] == "sparse" and (moves or "part" in names),
             case["optimizer"] == "LBFGS" and (moves or set(STEPS).intersection(names) - {"closure"}),
             # Torch lets some have no group later, gives one new keys when it is loaded, and one no copy.
-            "add" in names and case["optimizer"] in {"LBFGS", "Adagrad", "SparseAdam", "Adafactor"},
+            "add" in names and case["optimizer"] in {"LBFGS", "Adagrad", "SparseAdam", "Adafactor", "Muon"},
             "copy" in names and case["optimizer"] == "LBFGS",
             names.count("add") > 1 or ("add" in names and case["group"]),
             case["buffers"] == "sync" and not case["module"],
@@ -343,6 +343,3 @@ def test_the_naive_outer_loop_is_algorithm_1(optimizer):
         expected = dict(zip(plain.weights(), phi, strict=True))
         same(naive.weights(), plain.weights(), "theta")
         same(naive.both()["phi"], expected, "phi")
-
-
-pytestmark = pytest.mark.slow  # until it is known how long they take
