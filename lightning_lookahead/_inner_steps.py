@@ -89,6 +89,11 @@ class InnerSteps:
         return True
 
     @property
+    def under_way(self) -> bool:
+        """Whether a call of ``optimizer.step()`` has not ended yet."""
+        return self._depth > 0
+
+    @property
     def counted(self) -> int:
         """Inner steps so far, with those that a fused kernel may have skipped: reads nothing from the device."""
         return self._total

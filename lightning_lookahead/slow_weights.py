@@ -503,8 +503,11 @@ class SlowWeights:
         self._go_on(begins=False)
 
     def share(self, parameters: Iterable[Tensor]) -> None:
-        """Say that another optimizer moves these parameters, too: not all that a step did not move is from outside."""
-        self._tracked.shared = set(parameters)
+        """Say that another optimizer moves these parameters, too: not all that a step did not move is from outside.
+
+        With an alpha of 1, a sync takes theta whatever phi is: what another optimizer moves then belongs to both.
+        """
+        self._tracked.shared = set() if self.alpha == 1 else set(parameters)
 
     def _go_on(self, *, begins: bool) -> None:
         """Let go of what was loaded: from here on the weights are moved."""
@@ -518,7 +521,12 @@ class SlowWeights:
         counted = self._inner_steps.end(optimizer, moved=self._has_gradient())
         if self._backward_seen is not None:
             self._backward_seen.since_last = False
-        if self._begins_now and not counted and self._inner_steps.counted <= self._start_step:
+        if (
+            self._begins_now
+            and not counted
+            and not self._inner_steps.under_way
+            and self._inner_steps.counted <= self._start_step
+        ):
             self._started = self._tracked.begun = False  # a closure without a gradient: the first cycle has not begun
         if counted and self._fetches and self._inner_steps.counted + 1 in {c.ends for c in self._cycles}:
             self._tracked.prepare()

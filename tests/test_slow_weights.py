@@ -372,7 +372,7 @@ def test_the_counters_saved_are_right_when_the_last_step_was_skipped(fused):
         scaler.update()
         optimizer.zero_grad()
     counters = {"k": 5, "alpha": 0.5, "steps": 1, "steps_since_sync": 1, "syncs": 0}
-    assert slow.counters() == {**counters, "saved_with": "fast", "slow_dtype": None}
+    assert slow.counters() == {**counters, "frozen": None, "saved_with": "fast", "slow_dtype": None}
 
 
 # -- either set of weights

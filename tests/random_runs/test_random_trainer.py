@@ -74,6 +74,7 @@ def allowed(case):
             optimizer == "LBFGS" and (several or still),
             not several and (case["toggle"] or case["shared"] or case["sync_optimizers"] == "together"),
             set(case["turns"]) == {1},
+            case["shared"] and case["alpha"] == 1,  # then what the second moves belongs to both sets
             case["turns"] and (case["accumulate"] > 1 or case["scheduler"]),
             case["validate"] > case["batches"],
             "max_steps" in ways and case["unfinished_cycle"] == "sync",

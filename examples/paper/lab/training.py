@@ -47,8 +47,8 @@ class Settings:
         pullback_momentum: What a sync does to momentum: ``none`` (maintain), ``pullback`` (interpolate) or ``reset``.
         average: Decay of an exponential average of the weights (Polyak) that is looked at instead; 0 for none.
         model: A name in `lab.models.MODELS`.
-        width: Channels of its first stage; at least 8 on CPUs without AVX-512, where torch 2.13's convolution of 1x1 with
-            a stride, of 4 channels in channels-last, writes past the end of its memory.
+        width: Channels of its first stage; at least 8 on CPUs without AVX-512, where torch 2.13's convolution of 1x1
+            with a stride, of 4 channels in channels-last, writes past the end of its memory.
         size: What the images are averaged down to; 0 leaves them.
         epochs: Passes over the training images.
         batch_size: Images in a batch.
