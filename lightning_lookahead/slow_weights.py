@@ -593,7 +593,8 @@ class SlowWeights:
         if self.buffers is not None and cycle is next(iter(self._cycles)) and not not_finite(self.buffers.live):
             self.buffers.sync(alpha)
         cycle.syncs += 1
-        self.last_alpha = alpha
+        if trained:
+            self.last_alpha = alpha
 
     def _step_size(self, cycle: Cycle, trained: dict[Tensor, Tensor]) -> float:
         adaptive = cycle.step_size
