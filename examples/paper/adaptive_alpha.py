@@ -65,8 +65,9 @@ class Alphas(Callback):
         self.values: list[float] = []
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        if trainer.global_step % pl_module.settings.k == 0:
-            self.values.append(round(self.lookahead.slow_weights[0].last_alpha or 0.0, 4))
+        alpha = self.lookahead.slow_weights[0].last_alpha
+        if trainer.global_step % pl_module.settings.k == 0 and alpha is not None:  # None: every sync was left out
+            self.values.append(round(alpha, 4))
 
     def state_dict(self) -> dict[str, Any]:
         return {"values": self.values}
