@@ -14,6 +14,8 @@ from lightning_lookahead._saved_format import TENSORS, VERSION
 from lightning_lookahead._tensors import checksum
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from torch import Tensor
 
 NONFINITE = ("raise", "skip", "restore")
@@ -62,7 +64,9 @@ def check_optimizer(optimizer: object) -> None:
     """Raise unless ``optimizer`` is a torch optimizer whose steps can be seen and that does not look ahead already."""
     name = type(optimizer).__name__
     if not isinstance(optimizer, Optimizer):
-        message = f"optimizer is a {name}; it must be a torch.optim.Optimizer."
+        inside = next(inside_of(optimizer), None)
+        way_out = f" Give the {type(inside).__name__} inside it." if inside is not None else ""
+        message = f"optimizer is a {name}; it must be a torch.optim.Optimizer.{way_out}"
         raise TypeError(message)
     if name == "ZeroRedundancyOptimizer":
         message = (
@@ -93,16 +97,24 @@ _IN_BACKWARD = ("LOMO", "AdaLOMO")
 """Optimizers whose update is fused into the backward."""
 
 
-def _looks_ahead(optimizer: object) -> bool:
+def inside_of(optimizer: object) -> Iterator[Optimizer]:
+    """The optimizer that a wrapper has inside, the one inside that, and so on."""
+    while True:
+        inside = [getattr(optimizer, name, None) for name in ("optimizer", "base_optimizer", "base")]
+        optimizer = next((own for own in inside if isinstance(own, Optimizer) and own is not optimizer), None)
+        if optimizer is None:
+            return
+        yield optimizer
+
+
+def _looks_ahead(optimizer: Optimizer) -> bool:
     """Whether an optimizer, or one that it wraps, is Lookahead under some name: Ranger is RAdam with Lookahead."""
-    while isinstance(optimizer, Optimizer):
-        names = [base.__name__ for base in type(optimizer).__mro__]
+    for own in (optimizer, *inside_of(optimizer)):
+        names = [base.__name__ for base in type(own).__mro__]
         if any("lookahead" in name.lower() or name.startswith("Ranger") for name in names):
             return True
-        if any("lookahead" in name.lower() for name in vars(optimizer)):
+        if any("lookahead" in name.lower() for name in vars(own)):
             return True
-        inside = [getattr(optimizer, name, None) for name in ("optimizer", "base_optimizer", "base")]
-        optimizer = next((inner for inner in inside if inner is not None and inner is not optimizer), None)
     return False
 
 
@@ -142,10 +154,8 @@ def check_state(state: object) -> None:
     if since > total:
         message = f"state_dict has steps_since_sync={since} and steps={total}; it cannot be more."
         raise ValueError(message)
-    frozen = state.get("frozen")
-    if frozen is not None and not (isinstance(frozen, list) and all(isinstance(name, str) for name in frozen)):
-        message = f"state_dict['frozen'] is {frozen!r}; it must be a list of names of parameters, or None."
-        raise ValueError(message)
+    for key in ("trained", "frozen"):
+        _check_names(key, state.get(key))
     check_weights(state.get("saved_with", "slow"), "state_dict['saved_with']")
     check_dtype(state.get("slow_dtype"))
     for part in TENSORS:
@@ -156,6 +166,12 @@ def check_state(state: object) -> None:
     sums = state.get("checksums", {})
     if not isinstance(sums, dict) or not all(_are_integers(values) for values in sums.values()):
         message = "state_dict['checksums'] is damaged: it must be a dict of dicts of integers."
+        raise ValueError(message)
+
+
+def _check_names(key: str, names: object) -> None:
+    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        message = f"state_dict[{key!r}] is {names!r}; it must be a list of names of parameters, or None."
         raise ValueError(message)
 
 

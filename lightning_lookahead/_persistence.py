@@ -18,7 +18,7 @@ from lightning_lookahead._tracked import parameters_of
 from lightning_lookahead.step_size import describe
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
     from torch import Tensor, nn
     from torch.optim import Optimizer
@@ -43,6 +43,7 @@ class Pending:
         checksums: Of the values that the model was saved with, for the parameters where that is known.
         loaded: Parameter -> what the model's ``state_dict`` had for it, where the parameter itself has rounded that.
         changed: Parameters whose values in the model's ``state_dict`` were changed after they were read.
+        trained: Parameters that had a second tensor: right after a sync there is no value for them here.
         placed: Whether it was put in its place once.
         left_out: Parameters that it was not put in place for.
     """
@@ -54,6 +55,7 @@ class Pending:
     checksums: dict[Tensor, int] | None = None
     loaded: dict[Tensor, Tensor] = field(default_factory=dict)
     changed: set[Tensor] = field(default_factory=set)
+    trained: list[Tensor] = field(default_factory=list)
     placed: bool = False
     left_out: set[Tensor] = field(default_factory=set)
 
@@ -152,16 +154,20 @@ class Persistence:
             "steps": self._inner_steps.total,
             **first,
             **({"groups": others} if others else {}),
-            "frozen": self._frozen_names(),
+            "trained": self._listed(self._tracked.kept),
+            "frozen": self._listed(self._tracked.frozen),
             "saved_with": self.saved_with,
             "slow_dtype": None if self._tracked.dtype is None else str(self._tracked.dtype).removeprefix("torch."),
         }
 
-    def _frozen_names(self) -> list[str] | None:
-        if self._tracked.frozen is None:
+    def _listed(self, parameters: Iterable[Tensor] | None) -> list[str] | None:
+        if parameters is None:
             return None
         names = self.names()
-        return [names[parameter] for parameter in self._tracked.frozen]
+        return [names[parameter] for parameter in parameters]
+
+    def _of_names(self, listed: Collection[str]) -> list[Tensor]:
+        return [parameter for parameter, name in self.names().items() if name in listed]
 
     def state_dict(self, *, whole: bool, lean: bool) -> dict[str, Any]:
         """The state of the outer loop, see `lightning_lookahead._saved_format`. No tensor of it is a live one.
@@ -247,7 +253,8 @@ class Persistence:
             cycle.begins = max(state["steps"] - saved["steps_since_sync"], self._start_step)
             cycle.syncs = saved["syncs"]
         frozen = state.get("frozen")
-        self._tracked.frozen = None if frozen is None else [p for p, name in self.names().items() if name in frozen]
+        self._tracked.frozen = None if frozen is None else self._of_names(set(frozen))
+        pending.trained = self._of_names(set(state.get("trained") or []))
         self.pending = pending
 
     def compare(self, state_dict: Mapping[str, Any]) -> None:
@@ -345,7 +352,9 @@ class Persistence:
             return
         pending.placed = True
         copy_(pending.loaded, pending.loaded.values())
-        self._tracked.update(pending.parameters)  # also what is frozen now: it was trained when it was saved
+        self._tracked.update(
+            {*pending.parameters, *pending.trained}
+        )  # also what is frozen now: it was trained when it was saved
         self._cycles.update(max(self._inner_steps.total, self._start_step))
         self._tracked.start()
         self._tracked.begun = pending.begun

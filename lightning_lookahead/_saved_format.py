@@ -8,6 +8,7 @@ The state of one outer loop, what `SlowWeights.state_dict` returns:
 ``steps_since_sync`` inner steps since the last sync
 ``syncs``            syncs done
 ``groups``           the last two for each further cycle, if groups have a ``k`` or ``alpha`` of their own
+``trained``          names of the parameters that have two sets: they do also where a run that goes on has frozen them
 ``frozen``           names of the parameters that needed no gradient at the last step of a cycle whose sync is to come
 ``saved_with``       ``"slow"`` or ``"fast"``: the set that the model's own ``state_dict`` holds
 ``slow_dtype``       as it was set

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
 
+from lightning_lookahead._checks import inside_of
 from lightning_lookahead._numbers import check_choice
 from lightning_lookahead._tensors import copy_, interpolate_
 
@@ -41,7 +43,7 @@ class Momentum:
         names: First moments that the optimizer keeps, where the mode is ``"pullback"``.
 
     Raises:
-        ValueError: If ``mode`` is unknown or would do nothing for this optimizer.
+        ValueError: If ``mode`` is unknown, would do nothing for this optimizer, or needs a state that is out of reach.
 
     Source: Zhang, Lucas, Hinton, Ba 2019, section 3 and appendix; the official code's ``pullback_momentum``.
     """
@@ -54,6 +56,9 @@ class Momentum:
         self._optimizer = optimizer
         self._sharded = sharded
         self.names: list[str] = []
+        self._told = False  # that there is no momentum to pull back
+        if mode != "none" or restores:
+            _check_own_state(optimizer, f"pullback_momentum={mode!r}" if mode != "none" else "nonfinite='restore'")
         if mode != "none":
             self._check()
         if sharded and (mode == "reset" or restores):
@@ -65,8 +70,15 @@ class Momentum:
         if self.mode == "reset":
             self.reset(parameters)
         elif self.mode == "pullback":
-            for name in FIRST_MOMENTS:
-                self._pull_back(name, parameters, alpha)
+            pulled = [self._pull_back(name, parameters, alpha) for name in FIRST_MOMENTS]
+            own = next((self._optimizer.state[p] for p in parameters if self._optimizer.state.get(p)), None)
+            if own and not any(pulled) and not self._told:  # of a class that could not be asked before training
+                self._told = True
+                message = (
+                    f"pullback_momentum='pullback' does nothing: of a parameter {type(self._optimizer).__name__} keeps"
+                    f" {', '.join(map(str, own))}, and no momentum as a tensor (momentum_buffer, exp_avg). Give 'none'."
+                )
+                warnings.warn(message, stacklevel=2)
 
     def restore(self, entries: dict[str, dict[Tensor, Tensor]]) -> None:
         """Go on with the first moments after the last sync that were saved."""
@@ -77,11 +89,12 @@ class Momentum:
                 if name in entries
             }
 
-    def _pull_back(self, name: str, parameters: Collection[Tensor], alpha: float) -> None:
+    def _pull_back(self, name: str, parameters: Collection[Tensor], alpha: float) -> bool:
+        """Do it to the first moment of this name; return whether there is one."""
         state = self._optimizer.state
         owners = [p for p in parameters if isinstance(state.get(p, {}).get(name), torch.Tensor)]
         if not owners:
-            return
+            return False
         moments: list[Tensor] = [state[parameter][name] for parameter in owners]
         previous = self.previous.setdefault(name, {})
         for parameter, moment in zip(owners, moments, strict=True):
@@ -90,6 +103,7 @@ class Momentum:
         kept = [previous[parameter] for parameter in owners]
         interpolate_(kept, moments, alpha)
         copy_(moments, kept)
+        return True
 
     def forget(self, parameters: Collection[Tensor]) -> None:
         """Make the state of these parameters that of a new optimizer, and what it was after the last sync as well."""
@@ -120,6 +134,17 @@ class Momentum:
             message = (
                 f"pullback_momentum={self.mode!r} does nothing: {type(self._optimizer).__name__} as it is set keeps no"
                 f" {what}. Give 'none', or the optimizer momentum."
+            )
+            raise ValueError(message)
+
+
+def _check_own_state(optimizer: Optimizer, what: str) -> None:
+    """Raise if what the optimizer wraps keeps a state that is not this one's, which is all that is written to here."""
+    for inside in inside_of(optimizer):
+        if inside.state is not optimizer.state:
+            message = (
+                f"{what} does not work with {type(optimizer).__name__}: the momentum is in the state of the"
+                f" {type(inside).__name__} inside it, out of reach. Leave it out, or give the optimizer inside."
             )
             raise ValueError(message)
 

@@ -5,6 +5,7 @@ The tests of all of them are marked slow; what they find is published in example
 
 import re
 import runpy
+import warnings
 from pathlib import Path
 
 import optimizer_zoo as zoo
@@ -148,6 +149,65 @@ def test_a_wrapper_around_an_optimizer_that_contains_lookahead_is_refused(cls):
     optimizer = zoo.wrapped_around(cls, found_in("pytorch_optimizer")["Ranger"])
     with pytest.raises((TypeError, ValueError), match=r"Give|Take|must be a torch"):
         SlowWeights(optimizer)
+
+
+@pytest.mark.filterwarnings("ignore:.*not finite")
+@pytest.mark.parametrize("mode", [{"pullback_momentum": "reset"}, {"nonfinite": "restore"}])
+@pytest.mark.parametrize("cls", wrappers())
+def test_a_state_that_begins_anew_does_so_within_a_wrapper_or_is_refused(cls, mode):
+    recipe = zoo.recipe_of(cls)
+    assert isinstance(recipe, zoo.Recipe), recipe
+    net, optimizer = recipe.build()
+    slow, said = None, ""
+    try:
+        slow = SlowWeights(optimizer, k=3, **mode)
+    except (TypeError, ValueError) as error:
+        said = str(error)
+    if slow is None:
+        assert re.search(r"Give|give the optimizer inside", said)
+        return
+    for step in range(2):
+        recipe.take(net, optimizer, step)
+    inside = [
+        optimizer.state,
+        *(own.state for own in vars(optimizer).values() if isinstance(own, torch.optim.Optimizer)),
+    ]
+    kept = [state for state in inside if any(parameter in state for parameter in net.parameters())]
+    assert kept
+    if "nonfinite" in mode:
+        with torch.no_grad():
+            next(net.parameters()).fill_(float("nan"))
+    slow.sync()
+    assert not any(state.get(parameter) for state in inside for parameter in net.parameters())
+
+
+class Unlike(torch.optim.Optimizer):
+    """Calls its momentum something of its own, and cannot be made from what its groups have."""
+
+    def __init__(self, params, lr, *, secret):
+        super().__init__(params, {"lr": lr})
+        self.secret = secret
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for parameter in self.param_groups[0]["params"]:
+            own = self.state[parameter].setdefault("state1", torch.zeros_like(parameter))
+            parameter.sub_(own.mul_(0.9).add_(parameter.grad), alpha=self.param_groups[0]["lr"])
+
+
+def test_momentum_of_a_name_that_is_not_known_is_not_pulled_back_in_silence():
+    weight = torch.nn.Parameter(torch.ones(2))
+    optimizer = Unlike([weight], 0.1, secret=1)
+    SlowWeights(optimizer, k=2, pullback_momentum="pullback")
+    told = []
+    for _ in range(4):
+        weight.grad = torch.ones(2)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            optimizer.step()
+        told.append([str(warning.message) for warning in caught])
+    assert [len(messages) for messages in told] == [0, 1, 0, 0]
+    assert "pullback_momentum='pullback' does nothing: of a parameter Unlike keeps state1" in told[1][0]
 
 
 def test_what_moves_the_weights_within_the_backward_is_counted_or_refused():
