@@ -68,11 +68,6 @@ def check_optimizer(optimizer: object) -> None:
         way_out = f" Give the {type(inside).__name__} inside it." if inside is not None else ""
         message = f"optimizer is a {name}; it must be a torch.optim.Optimizer.{way_out}"
         raise TypeError(message)
-    if name == "ZeroRedundancyOptimizer":
-        message = (
-            "optimizer is a ZeroRedundancyOptimizer, which has a part of its state on each rank: take FSDP instead."
-        )
-        raise ValueError(message)
     if _looks_ahead(optimizer):
         message = (
             f"optimizer is a {name}, which is Lookahead itself or contains it: it would pull back twice. Give the"
@@ -85,7 +80,8 @@ def check_optimizer(optimizer: object) -> None:
             " steps. Give the optimizer inside it."
         )
         raise TypeError(message)
-    if not {base.__name__ for base in type(optimizer).__mro__}.isdisjoint(_IN_BACKWARD):
+    in_backward = not {base.__name__ for base in type(optimizer).__mro__}.isdisjoint(_IN_BACKWARD)
+    if in_backward or getattr(optimizer, "_overlap_with_ddp", False):  # ZeroRedundancyOptimizer(overlap_with_ddp=True)
         message = (
             f"optimizer is a {name}, which moves the weights within the backward and not in step(): there are no inner"
             " steps to count. Take another optimizer."
@@ -100,7 +96,7 @@ _IN_BACKWARD = ("LOMO", "AdaLOMO")
 def inside_of(optimizer: object) -> Iterator[Optimizer]:
     """The optimizer that a wrapper has inside, the one inside that, and so on."""
     while True:
-        inside = [getattr(optimizer, name, None) for name in ("optimizer", "base_optimizer", "base")]
+        inside = [getattr(optimizer, name, None) for name in ("optimizer", "base_optimizer", "base", "optim")]
         optimizer = next((own for own in inside if isinstance(own, Optimizer) and own is not optimizer), None)
         if optimizer is None:
             return

@@ -144,7 +144,6 @@ class Persistence:
 
     def counters(self) -> dict[str, Any]:
         """Settings and counts: the state without a tensor."""
-        self._cycles.update(max(self._inner_steps.total, self._start_step))  # of groups that were added since a step
         first, *others = [
             {"steps_since_sync": max(self._inner_steps.total - cycle.begins, 0), "syncs": cycle.syncs}
             for cycle in self._cycles

@@ -476,7 +476,8 @@ class SlowWeights:
     def _has_gradient(self) -> bool:
         if self._backward_seen is not None:
             return self._backward_seen.since_last
-        return any(parameter.grad is not None for parameter in parameters_of(self.optimizer))
+        groups = self.optimizer.param_groups  # the first that has one ends it: no list is made in each step
+        return any(parameter.grad is not None for group in groups for parameter in group["params"])
 
     def _begin(self, *, has_closure: bool) -> None:
         """Begin, or go on with, training: what was loaded takes its place for good."""

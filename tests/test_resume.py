@@ -30,6 +30,7 @@ def run(program, *arguments, processes=1):
         ("Adam", "auto", "fast"),
         ("SGD", "ddp", "slow"),
         ("Adam", "ddp", "slow"),
+        ("Adam", "zero", "slow"),
     ],
 )
 def test_resumed_at_every_offset_in_a_new_process_the_run_is_the_uninterrupted_one(optimizer, strategy, weights):

@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from lightning.pytorch.callbacks import ModelCheckpoint
 from runs import Regression, both, equal, inputs, leave, make_trainer
+from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from lightning_lookahead import LookaheadCallback
 
@@ -26,14 +27,25 @@ class Ranked(Regression):
         return (self.net(inputs(step * 7 + self.global_rank)) - 1).square().mean()
 
 
+class Zero(Ranked):
+    """Each rank has the optimizer's state of some of the parameters, and all parameters."""
+
+    def configure_optimizers(self):
+        return ZeroRedundancyOptimizer(self.net.parameters(), optimizer_class=self.optimizer_class, **self.settings)
+
+
+def module_for(optimizer, strategy):
+    return Zero(optimizer) if strategy == "zero" else Ranked(optimizer)
+
+
 def trainer_for(strategy, *callbacks):
-    devices = {"strategy": strategy, "devices": 2} if strategy != "auto" else {}
+    devices = {"strategy": "ddp", "devices": 2} if strategy != "auto" else {}
     return make_trainer(*callbacks, max_steps=STEPS, limit_val_batches=1, val_check_interval=3, **devices)
 
 
 def main():
     what, optimizer, strategy, eval_weights = sys.argv[1:]
-    callback, module = LookaheadCallback(k=K, eval_weights=eval_weights), Ranked(optimizer)
+    callback, module = LookaheadCallback(k=K, eval_weights=eval_weights), module_for(optimizer, strategy)
     if what == "train":
         every = ModelCheckpoint(".", "{step}", every_n_train_steps=1, save_top_k=-1, save_on_train_epoch_end=False)
         trainer_for(strategy, callback, every).fit(module)
@@ -41,7 +53,7 @@ def main():
         leave()
         return
     for step in range(1, STEPS + 1):
-        callback, module = LookaheadCallback(k=K, eval_weights=eval_weights), Ranked(optimizer)
+        callback, module = LookaheadCallback(k=K, eval_weights=eval_weights), module_for(optimizer, strategy)
         trainer = trainer_for(strategy, callback)
         trainer.fit(module, ckpt_path=f"step={step}.ckpt")
         theta, phi = torch.load(f"rank{module.global_rank}.pt", weights_only=True)

@@ -395,3 +395,40 @@ def test_a_fit_that_is_stopped_and_resumed_is_that_of_a_naive_callback(seed, tmp
         check(case, folder)
 
     run(fresh, draw(seed), DEFAULTS, allowed)
+
+
+FOUND = {  # by random runs: each has failed once
+    "a shared parameter that is frozen where the run goes on": {
+        "turns": (1, 0),
+        "shared": True,
+        "freezes": ((0, ("*",)), (1, ("first.weight",))),
+        "validate": 4,
+        "stops": ((1, "on_validation_end", "go on"), (8, "ModelCheckpoint", "raise")),
+    },
+    "a shared parameter that the other optimizer moves between a sync and a validation": {
+        "turns": (0, 1),
+        "shared": True,
+        "k": 2,
+        "validate": 1,
+        "stops": ((5, "on_validation_start", "raise"),),
+    },
+    "players that wait for one another when they are saved": {
+        "turns": (0, 1, 1),
+        "toggle": True,
+        "sync_optimizers": "together",
+        "k": 2,
+        "stops": ((3, "on_train_batch_end", "raise"),),
+    },
+    "a cycle of a group that begins where training ends": {
+        "group": {"lookahead_k": 4},
+        "unfinished_cycle": "sync",
+        "steps": 6,
+    },
+}
+
+
+@pytest.mark.parametrize("case", FOUND.values(), ids=FOUND)
+def test_a_fit_that_was_not_that_of_the_naive_callback_once(case, tmp_path):
+    case = {**DEFAULTS, **case}
+    assert allowed(case)
+    check(case, tmp_path)
