@@ -219,7 +219,7 @@ def read_checkpoint(path: str | os.PathLike[str], *, weights_only: bool) -> dict
         if Path(path).is_dir():
             checkpoint = _read_shards(Path(path), weights_only=weights_only)
         else:
-            checkpoint = torch.load(path, map_location="cpu", weights_only=weights_only)
+            checkpoint = _as_a_trainer_writes(torch.load(path, map_location="cpu", weights_only=weights_only))
     except Exception as error:
         forbidden = _forbidden(error) if weights_only else None
         file = Path(path) / "meta.pt" if Path(path).is_dir() else Path(path)
@@ -238,6 +238,16 @@ def read_checkpoint(path: str | os.PathLike[str], *, weights_only: bool) -> dict
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
         message = f"{path} is no Lightning checkpoint: it has no 'state_dict'. Give a file that a Trainer saved."
         raise ValueError(message)  # noqa: TRY004 (the argument is a path; what is wrong is in the file)
+    return checkpoint
+
+
+def _as_a_trainer_writes(checkpoint: Any) -> Any:
+    """A file with the keys of a Trainer: one that Fabric's tool has made of a folder of shards has the folder's."""
+    if isinstance(checkpoint, dict):
+        if "state_dict" not in checkpoint and "model" in checkpoint:
+            checkpoint["state_dict"] = checkpoint.pop("model")
+        if "optimizer_states" not in checkpoint and KEY[0] in checkpoint:
+            checkpoint["optimizer_states"] = [checkpoint.pop(KEY[0])]
     return checkpoint
 
 

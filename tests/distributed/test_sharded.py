@@ -133,6 +133,17 @@ def test_another_strategy_resumes(before, after, tmp_path):
     assert close(loaded(tmp_path / "step=4-resumed.ckpt"), loaded(tmp_path / "end.ckpt"), tolerance)
 
 
+@pytest.mark.parametrize(("kind", "tool"), [("fsdp1", "pytorch"), ("fsdp1", "fabric"), ("fsdp2", "fabric")])
+def test_a_folder_that_lightning_s_tools_have_made_one_file_holds_both_sets(kind, tool, tmp_path):
+    run(WORKER, "train", kind, "Adam", tmp_path, processes=2)
+    folder, file = tmp_path / "step=4.ckpt", tmp_path / "one.ckpt"
+    run("-m", f"lightning.{tool}.utilities.consolidate_checkpoint", folder, "--output_file", file)
+    assert same(loaded(file), loaded(folder))
+    if tool == "pytorch":  # the other has keys that a Trainer does not know
+        run(WORKER, "resume", "single", "Adam", file)
+        assert close(loaded(tmp_path / "one-resumed.ckpt"), loaded(tmp_path / "end.ckpt"), 1e-6)
+
+
 @pytest.mark.parametrize("kind", ["fsdp1", "fsdp2", "tp"])
 def test_no_collective_at_a_sync_and_no_more_memory_than_a_shard(kind):
     assert run(WORKER.with_name("sharded_laws_worker.py"), kind, processes=2).count("laws hold") == 2
