@@ -450,8 +450,8 @@ class SlowWeights:
         if is_rehearsal(optimizer):
             return
         has_closure = named.get("closure") is not None or len(arguments) > 1
-        moves = self._has_gradient()
-        if not self._inner_steps.begin(optimizer, moves=moves and not has_closure):
+        has_gradient = self._has_gradient()
+        if not self._inner_steps.begin(optimizer, moves=has_gradient and not has_closure):
             return
         if self.holds == "slow":
             message = (
@@ -459,12 +459,11 @@ class SlowWeights:
                 " `with ...use('slow')` block (or the validation) is left."
             )
             raise RuntimeError(message)
-        moves = moves or has_closure  # as far as can be known
-        self._begins_now = moves and not self._started
-        if self._begins_now:
-            self._begin(has_closure=has_closure)
+        self._begins_now = not self._started
+        if self._begins_now:  # as far as can be known: without a closure, too, a step may compute its own gradients
+            self._begin(computes=has_closure or not has_gradient)
         self.track_new()
-        if moves and any(self._inner_steps.counted + 1 >= cycle.ends for cycle in self._cycles):
+        if (has_gradient or has_closure) and any(self._inner_steps.counted + 1 >= cycle.ends for cycle in self._cycles):
             # Later it may be another optimizer's turn, for which this one's parameters need no gradient.
             self._tracked.note_frozen()
 
@@ -479,10 +478,14 @@ class SlowWeights:
         groups = self.optimizer.param_groups  # the first that has one ends it: no list is made in each step
         return any(parameter.grad is not None for group in groups for parameter in group["params"])
 
-    def _begin(self, *, has_closure: bool) -> None:
-        """Begin, or go on with, training: what was loaded takes its place for good."""
+    def _begin(self, *, computes: bool) -> None:
+        """Begin, or go on with, training: what was loaded takes its place for good.
+
+        Args:
+            computes: Whether the step that begins computes the gradients, at the weights that are there by then.
+        """
         pending = self._persistence.pending
-        if pending is not None and not has_closure and not pending.in_place:
+        if pending is not None and not computes and not pending.in_place:
             message = (
                 "The model was loaded with its slow weights after SlowWeights.load_state_dict, and a step was taken"
                 " at once: its gradient is not that of the fast weights. Call put('fast') when all is loaded, or load"
@@ -528,7 +531,7 @@ class SlowWeights:
             and not self._inner_steps.under_way
             and self._inner_steps.counted <= self._start_step
         ):
-            self._started = self._tracked.begun = False  # a closure without a gradient: the first cycle has not begun
+            self._started = self._tracked.begun = False  # there was no gradient: the first cycle has not begun
         if counted and self._fetches and self._inner_steps.counted + 1 in {c.ends for c in self._cycles}:
             self._tracked.prepare()
         if counted and self._sync_in_step and self.due:

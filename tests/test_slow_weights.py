@@ -372,7 +372,36 @@ def test_the_counters_saved_are_right_when_the_last_step_was_skipped(fused):
         scaler.update()
         optimizer.zero_grad()
     counters = {"k": 5, "alpha": 0.5, "steps": 1, "steps_since_sync": 1, "syncs": 0}
-    assert slow.counters() == {**counters, "frozen": None, "saved_with": "fast", "slow_dtype": None}
+    more = {"trained": ["[0]"], "frozen": None, "saved_with": "fast", "slow_dtype": None}
+    assert slow.counters() == {**counters, **more}
+
+
+class ComputesItsGradients(torch.optim.SGD):
+    """Takes a step, or none, without gradients that were there before it and without a closure."""
+
+    idle = False
+
+    def step(self, closure=None):
+        self.zero_grad()
+        if not self.idle:
+            with torch.enable_grad():
+                sum(parameter.square().sum() for parameter in self.param_groups[0]["params"]).backward()
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("idle", [(), (0, 1)])
+def test_a_step_that_computes_its_gradients_without_a_closure_counts_from_the_first_one(idle):
+    parameter = nn.Parameter(torch.linspace(1.0, 2.0, 3))
+    optimizer = ComputesItsGradients([parameter], lr=0.1)
+    slow = SlowWeights(optimizer, k=3)
+    for step in range(5 + len(idle)):
+        optimizer.idle = step in idle
+        optimizer.step()
+    twin = nn.Parameter(torch.linspace(1.0, 2.0, 3))
+    plain = ComputesItsGradients([twin], lr=0.1)
+    (phi,) = lookahead([twin], lambda _: plain.step(), k=3, alpha=0.5, steps=5)
+    assert (slow.steps, slow.syncs) == (5, 1)
+    assert equal([parameter, slow.values("slow")[parameter]], [twin, phi])
 
 
 # -- either set of weights
