@@ -4,6 +4,7 @@ import os
 import pytest
 import torch
 from hypothesis import settings
+from processes import Groups
 
 # The same examples in every run. `--hypothesis-profile=explore` looks for others.
 settings.register_profile("same", derandomize=True)
@@ -15,6 +16,14 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 torch.set_num_threads(1)
 for package in ("lightning.pytorch", "pytorch_lightning", "lightning.fabric"):
     logging.getLogger(package).setLevel(logging.ERROR)
+
+
+@pytest.fixture(scope="session")
+def ranks(tmp_path_factory):
+    """Calls functions on several ranks."""
+    groups = Groups(tmp_path_factory)
+    yield groups
+    groups.close()
 
 
 @pytest.fixture(autouse=True)

@@ -1,15 +1,9 @@
-"""Run by `test_sharded.py` under torchrun: `SlowWeights` in a Fabric loop with FSDP2, saved and resumed."""
-
-import sys
-from pathlib import Path
+"""`SlowWeights` in a Fabric loop with FSDP2, saved and resumed, on two ranks."""
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 from lightning.fabric import Fabric
 from lightning.fabric.strategies import ModelParallelStrategy
-from runs import inputs, leave
+from runs import inputs
 from sharded_worker import K, Net
 from torch.distributed.fsdp import fully_shard
 
@@ -41,7 +35,7 @@ def full(slow, weights):
     return [tensor.full_tensor() for tensor in slow.values(weights).values()]
 
 
-def main():
+def resume_in_fabric():
     strategy = ModelParallelStrategy(parallelize, data_parallel_size=2, tensor_parallel_size=1)
     fabric = Fabric(accelerator="cpu", devices=2, strategy=strategy)
     fabric.launch()
@@ -60,11 +54,4 @@ def main():
         pairs = zip(full(slow, weights), full(again, weights), strict=True)
         assert all(torch.equal(a, b) for a, b in pairs), f"{weights} weights differ after the resume"
     assert (again.steps, again.syncs) == (8, 2)
-    torch.save({weights: full(slow, weights) for weights in ("slow", "fast")}, f"fabric{fabric.global_rank}.pt")
-    print("fabric resumed")  # noqa: T201
-    leave()
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    main()
+    return {weights: full(slow, weights) for weights in ("slow", "fast")}

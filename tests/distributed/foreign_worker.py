@@ -1,15 +1,10 @@
-"""Run by `test_sharded.py` under torchrun: ``foreign_worker.py KIND PATH``, a checkpoint of a run without Lookahead."""
+"""A checkpoint of a run without Lookahead, on two ranks."""
 
-import sys
 import warnings
-from pathlib import Path
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 from lightning.pytorch import Callback
-from runs import leave, make_trainer
+from runs import make_trainer
 from sharded_worker import Sharded, fit, local, strategy_for
 
 
@@ -25,8 +20,7 @@ class Start(Callback):
         self.seen = True
 
 
-def main():
-    kind, path = sys.argv[1:3]
+def start_from_a_foreign_checkpoint(kind, path):
     trainer = make_trainer(max_steps=4, strategy=strategy_for(kind), devices=2, use_distributed_sampler=False)
     trainer.fit(Sharded("SGD", kind))
     trainer.save_checkpoint(path)
@@ -38,10 +32,3 @@ def main():
     assert sum("made without LookaheadCallback" in str(warning.message) for warning in caught) == 1
     assert start.seen
     assert callback.slow_weights[0].steps == 4
-    print("started from its weights")  # noqa: T201
-    leave()
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    main()

@@ -1,19 +1,9 @@
-"""Run by `test_random_sharded.py` under torchrun: ``random_sharded_worker.py FOLDER KIND SEED...``.
-
-Each seed is a random configuration. It is trained, saved at every step and resumed from two of them. The resumed run
-has to be the uninterrupted one bit for bit.
-"""
+"""Random configurations of sharded strategies: each is trained, saved at every step and resumed from two of them."""
 
 import random
-import sys
-from pathlib import Path
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 from lightning.pytorch.callbacks import ModelCheckpoint
-from runs import leave
 from sharded_worker import STEPS, fit, local
 
 from lightning_lookahead import Linear, load_weights
@@ -54,6 +44,7 @@ def train(kind, configured, *callbacks, ckpt_path=None):
 
 
 def check(kind, seed, folder):
+    """The resumed run has to be the uninterrupted one bit for bit."""
     rng = random.Random(seed)
     configured = configuration(kind, rng)
     where = f"{kind}, seed {seed}: {configured}"
@@ -69,16 +60,3 @@ def check(kind, seed, folder):
         for weights in ("slow", "fast"):
             load_weights(path, weights)
         assert path.is_dir() == (kind in FOLDERS), where
-
-
-def main():
-    folder, kind, *seeds = sys.argv[1:]
-    for seed in seeds:
-        check(kind, int(seed), Path(folder) / seed)
-        print(f"{kind} {seed}: holds", flush=True)  # noqa: T201
-    leave()
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    main()

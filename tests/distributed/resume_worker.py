@@ -1,18 +1,7 @@
-"""Run by `test_resume.py` in processes of its own: ``resume_worker.py train|resume OPTIMIZER STRATEGY WEIGHTS``.
-
-``train`` saves a checkpoint after every step and, at the end, both sets of weights of each rank; ``resume`` goes on
-from each of the checkpoints and compares. The processes of a strategy are started by torchrun.
-"""
-
-import sys
-from pathlib import Path
-
-import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
+"""Runs with a checkpoint after every step, and runs that go on from each."""
 
 from lightning.pytorch.callbacks import ModelCheckpoint
-from runs import Regression, both, equal, inputs, leave, make_trainer
+from runs import Regression, both, equal, inputs, make_trainer
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from lightning_lookahead import LookaheadCallback
@@ -43,28 +32,21 @@ def trainer_for(strategy, *callbacks):
     return make_trainer(*callbacks, max_steps=STEPS, limit_val_batches=1, val_check_interval=3, **devices)
 
 
-def main():
-    what, optimizer, strategy, eval_weights = sys.argv[1:]
+def train(optimizer, strategy, eval_weights):
+    """Save a checkpoint after every step; return both sets of weights at the end."""
     callback, module = LookaheadCallback(k=K, eval_weights=eval_weights), module_for(optimizer, strategy)
-    if what == "train":
-        every = ModelCheckpoint(".", "{step}", every_n_train_steps=1, save_top_k=-1, save_on_train_epoch_end=False)
-        trainer_for(strategy, callback, every).fit(module)
-        torch.save(both(callback, module), f"rank{module.global_rank}.pt")
-        leave()
-        return
+    every = ModelCheckpoint(".", "{step}", every_n_train_steps=1, save_top_k=-1, save_on_train_epoch_end=False)
+    trainer_for(strategy, callback, every).fit(module)
+    return both(callback, module)
+
+
+def resume(optimizer, strategy, eval_weights, theta, phi):
+    """Go on from each checkpoint; the end has to be this one."""
     for step in range(1, STEPS + 1):
         callback, module = LookaheadCallback(k=K, eval_weights=eval_weights), module_for(optimizer, strategy)
         trainer = trainer_for(strategy, callback)
         trainer.fit(module, ckpt_path=f"step={step}.ckpt")
-        theta, phi = torch.load(f"rank{module.global_rank}.pt", weights_only=True)
         assert trainer.global_step == STEPS
         assert equal(both(callback, module)[0], theta), f"theta differs when resumed from step {step}"
         assert equal(both(callback, module)[1], phi), f"phi differs when resumed from step {step}"
         assert (callback.slow_weights[0].steps, callback.slow_weights[0].syncs) == (STEPS, STEPS // K)
-    print("resumed from every step")  # noqa: T201
-    leave()
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    main()

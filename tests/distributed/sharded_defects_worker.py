@@ -1,16 +1,10 @@
-"""Run by `test_sharded_defects.py` under torchrun with the names of CASES: what broke where weights are sharded."""
-
-import sys
-from pathlib import Path
+"""What broke where weights are sharded, on two ranks."""
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
-from runs import inputs, leave, make_trainer
+from runs import inputs, make_trainer
 from sharded_worker import local, strategy_for
 from torch import nn
 from torch.distributed.fsdp import fully_shard
@@ -186,7 +180,7 @@ def between(folder):
     assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
 
 
-def anew():
+def anew(_):
     """A reset of sharded state is that of a new optimizer, or is refused."""
     schedulefree = pytest.importorskip("schedulefree")
 
@@ -214,22 +208,12 @@ def anew():
         torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
 
 
-def main():
-    folder = Path(sys.argv[1])
-    for case in sys.argv[2:]:
-        if case == "between":
-            between(folder)
-        elif case == "anew":
-            anew()
-        else:
-            counts = check(case, folder / case.replace(" ", "_"))
-            gathered = [None] * torch.distributed.get_world_size()
-            torch.distributed.all_gather_object(gathered, counts)
-            assert all(counts == other for other in gathered), gathered
-        print(f"{case}: holds", flush=True)  # noqa: T201
-    leave()
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    main()
+def holds(case, folder):
+    """Check a case on all ranks."""
+    if case in {"between", "anew"}:
+        {"between": between, "anew": anew}[case](folder)
+        return
+    counts = check(case, folder)
+    gathered = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(gathered, counts)
+    assert all(counts == other for other in gathered), gathered

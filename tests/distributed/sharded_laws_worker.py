@@ -1,16 +1,10 @@
-"""Run by `test_sharded.py` under torchrun, with a KIND of `sharded_worker.py`: laws that need no second run."""
-
-import sys
-from pathlib import Path
+"""Laws of sharded weights that need no second run, on two ranks."""
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 from collectives import Counting
 from lightning.pytorch import Callback
-from runs import leave, make_trainer
+from runs import make_trainer
 from sharded_worker import Sharded, fit, local, strategy_for
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
@@ -38,8 +32,7 @@ def sharded_parameter():
     return torch.nn.Parameter(distribute_tensor(torch.ones(4), mesh, [Shard(0)]))
 
 
-def main():
-    kind = sys.argv[1]
+def check_laws(kind):
     counting = Counting()
     fit(kind, "SGD", counting, Memory())
     assert counting.syncs == 2
@@ -50,10 +43,3 @@ def main():
             trainer.fit(Sharded("SGD", kind))
     with pytest.raises(ValueError, match="sharded parameters: give the module"):
         SlowWeights(torch.optim.SGD([sharded_parameter()]))
-    print("laws hold")  # noqa: T201
-    leave()
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    main()

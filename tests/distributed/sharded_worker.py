@@ -1,7 +1,7 @@
-"""Run by `test_sharded.py` under torchrun: ``sharded_worker.py ACTION KIND OPTIMIZER PATH...``.
+"""What ranks train that share the weights: a small network under each strategy.
 
-``train`` saves a checkpoint after every step in the folder PATH; ``resume`` goes on from each checkpoint PATH and saves
-the end beside it. KIND names a strategy and what its checkpoints look like.
+A kind names a strategy and what its checkpoints look like. As a program: ``sharded_worker.py train|resume KIND
+OPTIMIZER PATH``.
 """
 
 import os
@@ -131,22 +131,31 @@ def fit(kind, optimizer, *callbacks, steps=STEPS, ckpt_path=None, mode="", **set
     return trainer, module, callback
 
 
+def train(kind, optimizer, folder, **options):
+    """Save a checkpoint after every step, and the end."""
+    every = ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=-1, save_on_train_epoch_end=False)
+    _fit_to_the_end(kind, optimizer, every, **options).save_checkpoint(folder / "end.ckpt")
+
+
+def resume(kind, optimizer, *paths, **options):
+    """Go on from each checkpoint, and save the end beside it."""
+    for path in paths:
+        trainer = _fit_to_the_end(kind, optimizer, ckpt_path=path, **options)
+        trainer.save_checkpoint(path.with_name(f"{path.stem}-resumed.ckpt"))
+
+
+def _fit_to_the_end(*arguments, **options):
+    trainer, _, callback = fit(*arguments, **options)
+    counted = callback.slow_weights[0].steps, callback.slow_weights[0].syncs
+    assert counted == (STEPS, (STEPS - callback.start_step) // K), f"counted {counted}"
+    assert trainer.global_step == STEPS
+    return trainer
+
+
 def main():
-    mode = next((argument for argument in sys.argv if argument in MODES), "")
-    action, kind, optimizer, *paths = (part for part in sys.argv[1:] if part not in {"accumulate", mode})
-    settings = {"accumulate_grad_batches": 2} if "accumulate" in sys.argv else {}
-    settings["mode"] = mode
-    for path in map(Path, paths):
-        if action == "train":
-            every = ModelCheckpoint(path, "{step}", every_n_train_steps=1, save_top_k=-1, save_on_train_epoch_end=False)
-            trainer, _, callback = fit(kind, optimizer, every, **settings)
-            trainer.save_checkpoint(path / "end.ckpt")
-        else:
-            trainer, _, callback = fit(kind, optimizer, ckpt_path=path, **settings)
-            trainer.save_checkpoint(path.with_name(f"{path.stem}-resumed.ckpt"))
-        counted = callback.slow_weights[0].steps, callback.slow_weights[0].syncs
-        assert counted == (STEPS, (STEPS - callback.start_step) // K), f"counted {counted}"
-        assert trainer.global_step == STEPS
+    """Where the processes are to be started anew, or killed."""
+    action, kind, optimizer, path = sys.argv[1:]
+    {"train": train, "resume": resume}[action](kind, optimizer, Path(path))
     leave()
 
 

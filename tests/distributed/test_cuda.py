@@ -5,8 +5,8 @@ import sys
 
 import pytest
 import torch
-from test_resume import run
-from test_sharded import WORKER, close, loaded, reference, same
+from sharded_worker import resume, train
+from test_sharded import close, loaded, reference, same
 
 pytestmark = [
     pytest.mark.cuda,
@@ -28,11 +28,12 @@ def visible(monkeypatch):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_cuda_gives_what_one_cpu_gives_and_resumes_bit_for_bit(kind, tmp_path):
-    run(WORKER, "train", kind, "SGD", tmp_path)
+def test_cuda_gives_what_one_cpu_gives_and_resumes_bit_for_bit(kind, ranks, tmp_path):
+    ranks(1, train, kind, "SGD", tmp_path, group="cuda")
     end = loaded(tmp_path / "end.ckpt")
     assert close(end, reference(kind, "SGD"), 1e-4 if "fsdp1" in kind else 1e-10)
-    run(WORKER, "resume", kind, "SGD", *(tmp_path / f"step={step}.ckpt" for step in (2, 3, 4)))
+    paths = [tmp_path / f"step={step}.ckpt" for step in (2, 3, 4)]
+    ranks(1, resume, kind, "SGD", *paths, group="other cuda")
     for step in (2, 3, 4):
         assert same(loaded(tmp_path / f"step={step}-resumed.ckpt"), end)
 

@@ -1,19 +1,16 @@
 """Two real processes under DDP."""
 
-from pathlib import Path
-
 import pytest
 import torch
+from ddp_worker import agree_and_issue_no_collective
 from oracle import lookahead
 from runs import Regression, both, equal, inputs, make_trainer, reference
-from test_resume import run
 
 from lightning_lookahead import LookaheadCallback
 
 
-def test_ranks_agree_bit_for_bit_and_a_sync_issues_no_collective():
-    output = run(Path(__file__).with_name("ddp_worker.py"), processes=2)
-    assert output.count("ranks agree") == 2
+def test_ranks_agree_bit_for_bit_and_a_sync_issues_no_collective(ranks):
+    ranks(2, agree_and_issue_no_collective)
     module = Regression()
     optimizer = module.configure_optimizers()
 

@@ -7,10 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_resume import run
-from test_sharded import WORKER, close, loaded, reference, same
+from sharded_worker import train
+from test_sharded import close, loaded, reference, same
 
 ELASTIC = Path(__file__).with_name("elastic_worker.py")
+WORKER = Path(__file__).with_name("sharded_worker.py")
 
 
 def torchrun(*arguments):
@@ -27,7 +28,7 @@ def torchrun(*arguments):
 
 @pytest.mark.parametrize("when", ["step", "save"])
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
-def test_a_killed_rank_is_started_again_from_the_last_whole_checkpoint(kind, when, tmp_path):
+def test_a_killed_rank_is_started_again_from_the_last_whole_checkpoint(kind, when, ranks, tmp_path):
     job = torchrun("--standalone", "--nproc-per-node=2", "--max-restarts=1", ELASTIC, kind, tmp_path, when)
     output = job.communicate(timeout=200)[0]
     assert job.returncode == 0, output[-4000:]
@@ -35,7 +36,7 @@ def test_a_killed_rank_is_started_again_from_the_last_whole_checkpoint(kind, whe
     assert when == "step" or (tmp_path / "step=5.ckpt").exists()
     assert "went on from step=4.ckpt" in output
     (tmp_path / "whole").mkdir()
-    run(WORKER, "train", kind, "SGD", tmp_path / "whole", processes=2)
+    ranks(2, train, kind, "SGD", tmp_path / "whole")
     assert same(loaded(tmp_path / "end.ckpt"), loaded(tmp_path / "whole" / "end.ckpt"))
 
 

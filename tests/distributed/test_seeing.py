@@ -1,15 +1,11 @@
 """The monitor and the comparison in several real processes."""
 
-from pathlib import Path
-
 import pytest
 from runs import make_trainer
+from seeing_worker import check_ddp, check_sharded
 from sharded_worker import Sharded
-from test_resume import run
 
 from lightning_lookahead import compare_weights, load_weights
-
-WORKER = Path(__file__).with_name("seeing_worker.py")
 
 
 class Whole(Sharded):
@@ -20,8 +16,8 @@ class Whole(Sharded):
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp1", "fsdp2", "fsdp2_full"])
-def test_looking_at_the_weights_of_all_ranks_changes_nothing(kind):
-    assert run(WORKER, kind, "run.ckpt", processes=2).count("nothing was disturbed") == 2
+def test_looking_at_the_weights_of_all_ranks_changes_nothing(kind, ranks):
+    ranks(2, check_sharded, kind, "run.ckpt")
     one = compare_weights(make_trainer(limit_val_batches=1), Whole("SGD", kind), ckpt_path="run.ckpt")
     for weights in ("slow", "fast"):
         module = Whole("SGD", kind)
@@ -30,5 +26,5 @@ def test_looking_at_the_weights_of_all_ranks_changes_nothing(kind):
     assert one.slow != one.fast
 
 
-def test_under_ddp_the_numbers_are_those_of_all_the_data_with_the_first_rank_s_statistics():
-    assert run(WORKER, "ddp_classifier", "run.ckpt", processes=2).count("nothing was disturbed") == 2
+def test_under_ddp_the_numbers_are_those_of_all_the_data_with_the_first_rank_s_statistics(ranks):
+    ranks(2, check_ddp)
