@@ -150,7 +150,7 @@ def check_state(state: object) -> None:
     if since > total:
         message = f"state_dict has steps_since_sync={since} and steps={total}; it cannot be more."
         raise ValueError(message)
-    for key in ("trained", "frozen"):
+    for key in ("trained", "idle"):
         _check_names(key, state.get(key))
     check_weights(state.get("saved_with", "slow"), "state_dict['saved_with']")
     check_dtype(state.get("slow_dtype"))

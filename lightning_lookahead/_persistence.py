@@ -44,6 +44,7 @@ class Pending:
         loaded: Parameter -> what the model's ``state_dict`` had for it, where the parameter itself has rounded that.
         changed: Parameters whose values in the model's ``state_dict`` were changed after they were read.
         trained: Parameters that had a second tensor: right after a sync there is no value for them here.
+        idle: Parameters without a gradient since the last sync; ``None``: all of them.
         placed: Whether it was put in its place once.
         left_out: Parameters that it was not put in place for.
     """
@@ -56,6 +57,7 @@ class Pending:
     loaded: dict[Tensor, Tensor] = field(default_factory=dict)
     changed: set[Tensor] = field(default_factory=set)
     trained: list[Tensor] = field(default_factory=list)
+    idle: list[Tensor] | None = field(default_factory=list)
     placed: bool = False
     left_out: set[Tensor] = field(default_factory=set)
 
@@ -154,14 +156,12 @@ class Persistence:
             **first,
             **({"groups": others} if others else {}),
             "trained": self._listed(self._tracked.kept),
-            "frozen": self._listed(self._tracked.frozen),
+            "idle": None if len(self._tracked.idle) == len(self._tracked.kept) else self._listed(self._tracked.idle),
             "saved_with": self.saved_with,
             "slow_dtype": None if self._tracked.dtype is None else str(self._tracked.dtype).removeprefix("torch."),
         }
 
-    def _listed(self, parameters: Iterable[Tensor] | None) -> list[str] | None:
-        if parameters is None:
-            return None
+    def _listed(self, parameters: Iterable[Tensor]) -> list[str]:
         names = self.names()
         return [names[parameter] for parameter in parameters]
 
@@ -251,9 +251,9 @@ class Persistence:
         for cycle, saved in zip(self._cycles, chain([state, *state.get("groups", [])], repeat(new)), strict=False):
             cycle.begins = max(state["steps"] - saved["steps_since_sync"], self._start_step)
             cycle.syncs = saved["syncs"]
-        frozen = state.get("frozen")
-        self._tracked.frozen = None if frozen is None else self._of_names(set(frozen))
         pending.trained = self._of_names(set(state.get("trained") or []))
+        idle = state.get("idle", [])
+        pending.idle = None if idle is None else self._of_names(set(idle))
         self.pending = pending
 
     def compare(self, state_dict: Mapping[str, Any]) -> None:
@@ -357,6 +357,8 @@ class Persistence:
         self._cycles.update(max(self._inner_steps.total, self._start_step))
         self._tracked.start()
         self._tracked.begun = pending.begun
+        if pending.idle is not None:
+            self._tracked.idle = dict.fromkeys(p for p in pending.idle if p in self._tracked.kept)
         self._momentum.restore(pending.momentum)
         pending.left_out = changed = pending.unlike()
         if changed:

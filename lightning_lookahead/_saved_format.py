@@ -9,7 +9,7 @@ The state of one outer loop, what `SlowWeights.state_dict` returns:
 ``syncs``            syncs done
 ``groups``           the last two for each further cycle, if groups have a ``k`` or ``alpha`` of their own
 ``trained``          names of the parameters that have two sets: they do also where a run that goes on has frozen them
-``frozen``           names of the parameters that needed no gradient at the last step of a cycle whose sync is to come
+``idle``             names of those that have had no gradient since their last sync; None: all
 ``saved_with``       ``"slow"`` or ``"fast"``: the set that the model's own ``state_dict`` holds
 ``slow_dtype``       as it was set
 ``weights``          the other set: its name -> parameter name -> tensor; slow weights that the model's ``state_dict``

@@ -49,9 +49,7 @@ class SavingCallback(Callback):
         self.slow_weights: list[SlowWeights]
         """One for each optimizer, from the start of a fit until the next fit starts."""
         self._recalibration: Recalibration
-        self._left: list[
-            tuple[Weights, int]
-        ]  # the set that the parameters of each held when the fit ended, and its bits
+        self._left: list[list[int]]  # the fingerprints of both sets of each when the fit ended
         self._aliases: list[list[str]]  # names that share a parameter, before a strategy wrapped the module
         self._restored: list[dict[str, Any]]  # states from a checkpoint, until there are optimizers for them
         self._restored_model: dict[str, Any]  # the module's own state that came with them
@@ -149,10 +147,7 @@ class SavingCallback(Callback):
     @property
     def others_loaded(self) -> bool:
         """Whether the module holds other weights than those that the fit has left in it: both sets are of that fit."""
-        return any(
-            slow.holds == held and slow.fingerprint() != fingerprint
-            for slow, (held, fingerprint) in zip(self.slow_weights, self._left, strict=False)
-        )
+        return any(slow.fingerprint() != left for slow, left in zip(self.slow_weights, self._left, strict=False))
 
     def _module_state_dict(self, strategy: Strategy) -> dict[str, Any]:
         """What ``strategy.lightning_module_state_dict()`` returns during a fit and after it, swapped or not."""

@@ -148,6 +148,20 @@ _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def bit_sum(tensor: Tensor) -> Tensor:
-    """The sum of a tensor's values read as integers: exact, and so the same in whatever order it is taken."""
+    """A sum over a tensor's values read as integers, and weighted by where they are: exact, in whatever order.
+
+    Where values change places, or are others, it is another, but by a chance of one in very many.
+    """
     real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
-    return real.detach().reshape(-1).view(_BITS[real.element_size()]).sum(dtype=torch.int64)
+    bits = real.detach().reshape(-1).view(_BITS[real.element_size()])
+    whole = len(bits) // _WIDTH * _WIDTH
+    rows, rest = bits[:whole].view(-1, _WIDTH), bits[whole:]
+    sums = [rows.sum(1, dtype=torch.int64), rows.sum(0, dtype=torch.int64), rest.to(torch.int64)]
+    total = torch.zeros((), dtype=torch.int64, device=bits.device)
+    for factor, part in zip((3, 5, 7), sums, strict=True):
+        total += factor * (part * torch.arange(1, len(part) + 1, device=bits.device)).sum()
+    return total
+
+
+_WIDTH = 2**10
+"""Values in a row of `bit_sum`: what it keeps beside them is a row and a column."""

@@ -48,7 +48,7 @@ class Tracked:
         listed: All parameters of the optimizer: one that another optimizer owns moves in a step, too.
         begun: Whether there are two sets: until the first cycle begins there is one.
         shared: Those that another optimizer moves, too.
-        frozen: Those that needed no gradient at the last step of a cycle, until its sync.
+        idle: Trained parameters that have had no gradient in the optimizer's own steps since their last sync.
     """
 
     def __init__(
@@ -70,8 +70,8 @@ class Tracked:
         self.listed: list[Tensor] = []
         self.begun = False
         self.shared: Collection[Tensor] = ()
-        self.frozen: list[Tensor] | None = None
-        self._idle: list[Tensor] = []
+        self.idle: dict[Tensor, None] = {}
+        self._left_alone: list[Tensor] = []
         self.update()
 
     @property
@@ -87,15 +87,17 @@ class Tracked:
         single = dict.fromkeys(reversed(places.values()))
         trained = [p for p in single if (p in self.kept or p.requires_grad or p in also) and p not in self._exclude]
         new = [parameter for parameter in trained if parameter not in self.kept]
+        new_ones = set(new)
         known = {**self.kept, **dict(zip(new, self._second(new), strict=True))}
+        self.idle = dict.fromkeys(parameter for parameter in trained if parameter in self.idle or parameter in new_ones)
         self._kept = {parameter: known[parameter] for parameter in trained}
         self._pairs = {}
-        self._idle = [parameter for parameter in single if parameter not in self.kept]
+        self._left_alone = [parameter for parameter in single if parameter not in self.kept]
 
     def update_if_more(self) -> bool:
         """Take in parameters that were added or unfrozen, and say if there are any; costs nothing per trained one."""
         listed = sum(len(group["params"]) for group in self._optimizer.param_groups)
-        unfrozen = (parameter.requires_grad and parameter not in self._exclude for parameter in self._idle)
+        unfrozen = (parameter.requires_grad and parameter not in self._exclude for parameter in self._left_alone)
         if listed != len(self.listed) or any(unfrozen):
             self.update()
             return True
@@ -118,16 +120,10 @@ class Tracked:
         self._offload.forget()
         copy_(self.kept.values(), self.kept)
 
-    def note_frozen(self) -> None:
-        """Note which need no gradient now."""
-        self.frozen = [parameter for parameter in self.kept if not parameter.requires_grad]
-
-    def take_frozen(self) -> set[Tensor]:
-        """Those that were noted, once; those that need no gradient now, if none was."""
-        if self.frozen is None:
-            self.note_frozen()
-        frozen, self.frozen = set(self.frozen or ()), None
-        return frozen
+    def note_gradients(self) -> None:
+        """Note which have a gradient in a step: after the first one of a cycle only those are asked that had none."""
+        if self.idle:
+            self.idle = {parameter: None for parameter in self.idle if parameter.grad is None}
 
     # -- syncing
 

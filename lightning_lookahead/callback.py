@@ -373,6 +373,9 @@ class LookaheadCallback(SavingCallback):
         if self._before_loading and trainer.state.fn == "fit":
             pl_module.load_state_dict(self._before_loading)
         self._before_loading = {}
+        self._left = [slow.fingerprint() for slow in self.slow_weights]
+        if self.monitor is not None:
+            self.monitor.let_go()
 
     def _finish(self, trainer: Trainer) -> None:
         self._before_loading = {}
@@ -391,7 +394,7 @@ class LookaheadCallback(SavingCallback):
             slow.put(slow.holds)  # after on_train_end Lightning has moved the module to the CPU: follow it
         averages = any(is_a(callback, AVERAGERS) for callback in callbacks_of(trainer))
         if not self._left or averages:  # what others load into the module when training has ended is not what we left
-            self._left = [(slow.holds, slow.fingerprint()) for slow in self.slow_weights]
+            self._left = [slow.fingerprint() for slow in self.slow_weights]
 
     def _stop_counting(self) -> None:
         for hook in self._step_hooks:

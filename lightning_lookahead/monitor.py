@@ -160,10 +160,14 @@ class InnerOuterMonitor:
         if self._window.is_over(self._steps):
             self._ready = []
 
+    def let_go(self) -> None:
+        """Let go of the data: nothing more is evaluated in this fit."""
+        self._ready = []
+
     def end(self, trainer: Trainer) -> None:
         """Send on what is new, let go of the data, and draw a window that training has ended in."""
         self._send(trainer)
-        self._ready = []
+        self.let_go()
         if self._window.is_open(self._steps):
             self._draw(trainer, self._window.steps)
 

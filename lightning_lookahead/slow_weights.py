@@ -6,6 +6,7 @@ import weakref
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_lookahead._buffers import SlowBuffers, check_statistics
@@ -24,7 +25,7 @@ from lightning_lookahead._inner_steps import InnerSteps, is_rehearsal, step_hook
 from lightning_lookahead._names import unwrapped
 from lightning_lookahead._numbers import check_choice
 from lightning_lookahead._persistence import Persistence
-from lightning_lookahead._saved_format import GROUP_SETTINGS
+from lightning_lookahead._saved_format import GROUP_SETTINGS, OTHER
 from lightning_lookahead._sharding import BackwardSeen, is_sharded, reshard
 from lightning_lookahead._tensors import bit_sum, copies, copy_, distance, local, not_finite
 from lightning_lookahead._tracked import Tracked, parameters_of
@@ -320,9 +321,18 @@ class SlowWeights:
         if self._synced and self.holds == "fast":
             self._tracked.adopt(self._tracked.shared)
 
-    def fingerprint(self) -> int:
-        """A sum over the bits of the weights that the parameters hold, on this rank: of other weights it is another."""
-        return sum(int(bit_sum(*local([parameter]))) for parameter in self._tracked.kept)
+    def fingerprint(self) -> list[int]:
+        """Sums over the bits of both sets as the parameters hold them, on this rank, and how many the module has.
+
+        Of other weights, in either set, or of a module with other parameters it is another.
+        """
+        trained = self._tracked.kept
+        sums = []
+        for weights in OTHER:
+            values = dict.fromkeys(trained) if weights == self.holds else self._tracked.values(weights)
+            sums += [bit_sum(*local([p if value is None else value.to(p)])) for p, value in values.items()]
+        own = set(self._module.parameters()) if self._module is not None else set()
+        return [*(torch.stack([own_sum.cpu() for own_sum in sums]).tolist() if sums else []), len(own & trained.keys())]
 
     @property
     def _synced(self) -> bool:
@@ -463,9 +473,8 @@ class SlowWeights:
         if self._begins_now:  # as far as can be known: without a closure, too, a step may compute its own gradients
             self._begin(computes=has_closure or not has_gradient)
         self.track_new()
-        if (has_gradient or has_closure) and any(self._inner_steps.counted + 1 >= cycle.ends for cycle in self._cycles):
-            # Later it may be another optimizer's turn, for which this one's parameters need no gradient.
-            self._tracked.note_frozen()
+        if not has_closure:  # which will compute others
+            self._tracked.note_gradients()
 
     def track_new(self) -> None:
         """Take in parameters that were added or unfrozen: their slow weights begin where they are now."""
@@ -499,6 +508,10 @@ class SlowWeights:
                 self._persistence.pending = None
         if begins or not self._looked:
             self._settle()
+        if begins and (pending is None or not pending.begun):
+            self._tracked.idle = dict.fromkeys(
+                self._tracked.kept
+            )  # what was trained before the first cycle is not in it
         self._go_on(begins=begins)
 
     def go_on(self) -> None:
@@ -522,6 +535,7 @@ class SlowWeights:
     def _after_step(self, optimizer: Optimizer, *_: object) -> None:
         if is_rehearsal(optimizer):
             return
+        self._tracked.note_gradients()
         counted = self._inner_steps.end(optimizer, moved=self._has_gradient())
         if self._backward_seen is not None:
             self._backward_seen.since_last = False
@@ -542,8 +556,8 @@ class SlowWeights:
     def sync(self) -> None:
         """Do the outer step now: ``phi <- phi + alpha * (theta - phi)``, then ``theta <- phi``; starts a new cycle.
 
-        If groups have cycles of their own, those that have ended are synced, or all if none has. A parameter that was
-        frozen since keeps its value, and phi takes it.
+        If groups have cycles of their own, those that have ended are synced, or all if none has. A parameter that had
+        no gradient in a step of this optimizer since keeps its value, and phi takes it.
 
         Raises:
             RuntimeError: If the parameters hold the slow weights, or if a fast weight is not finite and that is to
@@ -564,9 +578,9 @@ class SlowWeights:
         self._tracked.update_if_other()
         self._cycles.update(max(self.steps, self._start_step))
         own = {cycle: self._cycles.of(cycle, self._tracked.kept) for cycle in which()}
-        frozen = self._tracked.take_frozen()
+        idle = self._tracked.idle
         moving = {
-            cycle: {p: slow for p, slow in kept.items() if p not in frozen} if frozen else kept
+            cycle: {p: slow for p, slow in kept.items() if p not in idle} if idle else kept
             for cycle, kept in own.items()
         }
         pairs = {cycle: self._tracked.pairs(trained) for cycle, trained in moving.items()}
@@ -585,9 +599,10 @@ class SlowWeights:
                 self._momentum.forget(trained)  # what made the weights infinite is in there, too
                 if self.buffers is not None:
                     copy_(self.buffers.live, self.buffers.kept)
-            still = [parameter for parameter in kept if parameter in frozen] if frozen else []
+            still = [parameter for parameter in kept if parameter in idle] if idle else []
             copy_([kept[parameter] for parameter in still], still)
             cycle.begins = max(self.steps, self._start_step)
+        self._tracked.idle = {**idle, **dict.fromkeys(parameter for kept in own.values() for parameter in kept)}
 
     def _move(self, cycle: Cycle, trained: dict[Tensor, Tensor], pairs: Pairs) -> None:
         alpha = self._step_size(cycle, trained)

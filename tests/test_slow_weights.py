@@ -197,15 +197,29 @@ def test_a_frozen_parameter_is_never_touched_and_joins_when_it_is_unfrozen():
     assert b.item() == 5.5
 
 
-def test_a_parameter_frozen_within_a_cycle_keeps_its_value():
+@pytest.mark.parametrize("trained_first", [True, False])
+def test_what_had_a_gradient_in_a_cycle_is_pulled_back_whether_it_is_frozen_since_or_was_before(trained_first):
     a, b, optimizer = two_weights()
     slow = SlowWeights(optimizer, k=2, alpha=0.5)
-    push(optimizer, a=(a, -1.0), b=(b, -1.0))
-    b.requires_grad_(False)
-    push(optimizer, a=(a, -1.0), b=(b, None))
-    assert (a.item(), b.item()) == (2.0, 2.0)
+    for trained in (trained_first, not trained_first):
+        b.requires_grad_(trained)
+        push(optimizer, a=(a, -1.0), b=(b, -1.0 if trained else None))
+        b.requires_grad_(False)
+    assert (a.item(), b.item()) == (2.0, 1.5)
     with slow.use("slow"):
-        assert b.item() == 2.0
+        assert b.item() == 1.5
+
+
+def test_what_had_no_gradient_in_a_cycle_keeps_the_value_that_was_written_into_it():
+    a, b, optimizer = two_weights()
+    slow = SlowWeights(optimizer, k=2, alpha=0.5)
+    for step in range(4):
+        push(optimizer, a=(a, -1.0), b=(b, -1.0 if step < 2 else None))
+        if step == 2:  # of an average of another network, say
+            b.requires_grad_(False)
+            with torch.no_grad():
+                b.fill_(7.0)
+    assert b.item() == slow.values("slow")[b].item() == 7.0
 
 
 def test_an_added_group_starts_its_phi_when_it_appears():
@@ -372,7 +386,7 @@ def test_the_counters_saved_are_right_when_the_last_step_was_skipped(fused):
         scaler.update()
         optimizer.zero_grad()
     counters = {"k": 5, "alpha": 0.5, "steps": 1, "steps_since_sync": 1, "syncs": 0}
-    more = {"trained": ["[0]"], "frozen": None, "saved_with": "fast", "slow_dtype": None}
+    more = {"trained": ["[0]"], "idle": [], "saved_with": "fast", "slow_dtype": None}
     assert slow.counters() == {**counters, **more}
 
 

@@ -32,7 +32,7 @@ class Outer:
     def __init__(self, optimizer, names, *, k=5, alpha=0.5, start_step=0, mode="none", dtype=None, norms=None):
         self.optimizer, self.names, self.k, self.alpha, self.start_step = optimizer, names, k, alpha, start_step
         self.mode, self.dtype, self.norms = mode, dtype, norms
-        self.taken, self.holds, self.cycles, self.frozen = 0, "fast", {}, set()
+        self.taken, self.holds, self.cycles, self.moved = 0, "fast", {}, set()
         self.phi, self.moments, self.aside = {}, {}, {}
         self.statistics = self.clones(self.live())
         self.new = {parameter: copy.deepcopy(own) for parameter, own in optimizer.state.items()}
@@ -60,9 +60,6 @@ class Outer:
         """BatchNorm's running means and variances, if they move as weights do."""
         return {n: b for n, b in self.norms.named_buffers() if b.is_floating_point()} if self.norms else {}
 
-    def frozen_now(self):
-        return {name for name, parameter in self.own().items() if not parameter.requires_grad}
-
     def follow(self):
         """Until the first step of the first cycle phi is theta; and it starts there for a parameter that joins."""
         for name, parameter in self.own().items():
@@ -85,12 +82,14 @@ class Outer:
     def before(self, *_):
         self.follow()
         self.look_at_groups()
-        self.frozen = self.frozen_now()
+        if self.taken == self.start_step:  # the first cycle begins
+            self.moved = set()
 
     def after(self, *_):
         """Count the step, if it moved anything."""
         if all(parameter.grad is None for parameter in self.listed()):
             return
+        self.moved |= {name for name, parameter in self.own().items() if parameter.grad is not None}
         self.taken += 1
         if self.taken > self.start_step:
             for cycle in self.cycles.values():
@@ -102,15 +101,14 @@ class Outer:
     # -- the outer step
 
     @torch.no_grad()
-    def sync(self, which=None, frozen=None):
+    def sync(self, which=None):
         self.follow()
         self.look_at_groups()
-        frozen = self.frozen_now() if frozen is None else frozen
         for settings in which or self.due() or list(self.cycles):
             cycle = self.cycles[settings]
             alpha = at(settings[1] or self.alpha, cycle.syncs)
             for name, theta in self.own(settings).items():
-                if name in self.phi and name in frozen:
+                if name in self.phi and name not in self.moved:  # frozen, say
                     self.phi[name].copy_(theta)
                 elif name in self.phi:
                     self.phi[name] = torch.lerp(self.phi[name], theta.to(self.phi[name]), alpha)
@@ -120,6 +118,7 @@ class Outer:
                 for name, live in self.live().items():
                     self.statistics[name] = torch.lerp(self.statistics[name], live, alpha)
                     live.copy_(self.statistics[name])
+            self.moved -= set(self.own(settings))
             cycle.since, cycle.syncs = 0, cycle.syncs + 1
 
     def momentum(self, theta, alpha):
@@ -193,7 +192,7 @@ class NaiveLookahead(Callback):
         syncing = self.outers if self.together else [outer]
         if all(other.due() for other in syncing):
             for other in syncing:
-                other.sync(frozen=other.frozen)  # while it is another optimizer's turn all of its own may be frozen
+                other.sync()
 
     def sync_now(self):
         for outer in self.outers:

@@ -81,7 +81,8 @@ def allowed(case):
             steps != sorted(steps) or max(steps, default=0) >= case["steps"],
             not case["freezes"] or case["freezes"][0][0],
             case["clip"] == "value" and (still or case["partial"]),  # torch finds no gradients to clip
-            coarse(as_trained(case)) and len(case["freezes"]) > 1,  # phi of what is frozen is rounded
+            # Phi of what has had no gradient, and was moved by others, is rounded.
+            coarse(as_trained(case)) and (len(case["freezes"]) > 1 or case["shared"]),
             # Resumed at its end, a run has no batch before which to freeze.
             case["unfinished_cycle"] == "sync" and len(case["freezes"]) > 1,
             # Without the callback, too, Lightning does not resume these bit for bit: statistics are loaded before they
