@@ -82,7 +82,8 @@ def newest_checkpoint(folder: str | os.PathLike[str], pattern: str = "*.ckpt") -
         trainer.fit(model, ckpt_path=newest_checkpoint("checkpoints"))
     """
     _check_there(folder)
-    by_age = sorted(Path(folder).glob(pattern), key=lambda path: path.stat().st_mtime_ns, reverse=True)
+    there = (path for path in Path(folder).glob(pattern) if path.exists())  # a link may lead nowhere
+    by_age = sorted(there, key=lambda path: path.stat().st_mtime_ns, reverse=True)
     return next((path for path in by_age if _is_whole(path)), None)
 
 
@@ -90,11 +91,28 @@ def _is_whole(path: Path) -> bool:
     try:
         if path.is_dir():
             return (path / "meta.pt").is_file() and _damaged_part(path / "meta.pt") is None and _has_all_shards(path)
-        return _damaged_part(path) is None
-    except (OSError, zipfile.BadZipFile, EOFError):
+        return _damaged_part(path) is None if _is_archive(path) else _is_of_old(path)
+    except OSError:
         return False
     except Exception:  # noqa: BLE001 (the list of shards is a pickle, in which anything may be wrong)
         return False
+
+
+def _is_archive(path: str | os.PathLike[str]) -> bool:
+    """Whether a file is one of today's `torch.save`, perhaps damaged: it begins as an archive does and has its end."""
+    try:
+        return zipfile.is_zipfile(path)
+    except zipfile.BadZipFile:
+        return True
+
+
+def _is_of_old(path: Path) -> bool:
+    """Whether a file is one of before torch 1.6, which has no checksums and has to be read."""
+    try:
+        torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # noqa: BLE001 (whatever a damaged file raises)
+        return _forbidden(error) is not None
+    return True
 
 
 def _has_all_shards(path: Path) -> bool:
@@ -105,10 +123,26 @@ def _has_all_shards(path: Path) -> bool:
     return all((path / name).is_file() and (path / name).stat().st_size >= end for name, end in ends.items())
 
 
-def _damaged_part(path: str | os.PathLike[str]) -> str | None:
-    """The first part of a file whose bytes are not those that were written, as the file's own checksums say."""
-    with zipfile.ZipFile(path) as file:
-        return file.testzip()
+def _damaged_part(path: str | os.PathLike[str], ending: str = "") -> str | None:
+    """The first part of a file whose bytes are not those that were written, as the file's own checksums say.
+
+    Args:
+        path: The file.
+        ending: What the names of the parts that are read end in.
+    """
+    name = "its list of parts"
+    try:
+        with zipfile.ZipFile(path) as file:
+            for name in file.namelist():
+                if name.endswith(ending):
+                    with file.open(name) as part:
+                        while part.read(2**20):
+                            pass
+    except OSError:
+        raise
+    except Exception:  # noqa: BLE001 (whatever a damaged archive raises)
+        return name
+    return None
 
 
 def weights_in(checkpoint: dict[str, Any], weights: Weights, path: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -134,7 +168,10 @@ def _weights_in(checkpoint: dict[str, Any], weights: Weights, path: str | os.Pat
         own = {**state, **_in_shards(checkpoint, at)}
         sums = own.get("checksums", {})
         beside = {name: state_dict[spelt[name]] for name in sums.get(own["saved_with"], {}) if name in spelt}
-        _check_sums({**own.get("weights", {}), own["saved_with"]: beside}, sums, path)
+        for which, part in own.get("weights", {}).items():
+            if which != own["saved_with"]:
+                _check_values(part, sums.get(which, {}), path)
+        _check_values(beside, sums.get(own["saved_with"], {}), path, others_may_change=True)
         dtypes = {
             name: slow_dtype(value.dtype, check_dtype(own.get("slow_dtype"))) for name, value in _tensors(state_dict)
         }
@@ -164,18 +201,15 @@ def _in_shards(checkpoint: dict[str, Any], at: int) -> dict[str, Any]:
     return own
 
 
-def _check_sums(
-    entries: dict[str, dict[str, Any]], sums: dict[str, dict[str, int]], path: str | os.PathLike[str]
+def _check_values(
+    values: dict[str, Any], sums: dict[str, int], path: str | os.PathLike[str], *, others_may_change: bool = False
 ) -> None:
-    """Raise if a value is not what was saved and the file itself is not, either: others may change it while saving."""
-    for entry, values in entries.items():
-        own = sums.get(entry, {})
-        wrong = next((name for name, value in values.items() if name in own and checksum(value) != own[name]), None)
-        if wrong is not None and Path(path).is_file() and _damaged_part(path) is not None:
-            message = (
-                f"{path} is damaged: {wrong!r} has not the values that it was saved with. Take another checkpoint."
-            )
-            raise ValueError(message)
+    """Raise if a value is not what was saved; where others may change it while saving, if the file is damaged, too."""
+    wrong = next((name for name, value in values.items() if name in sums and checksum(value) != sums[name]), None)
+    if wrong is None or (others_may_change and (Path(path).is_dir() or _damaged_part(path) is None)):
+        return
+    message = f"{path} is damaged: {wrong!r} has not the values that it was saved with. Take another checkpoint."
+    raise ValueError(message)
 
 
 def _read_shards(path: Path, *, weights_only: bool) -> dict[str, Any]:
@@ -219,15 +253,17 @@ def read_checkpoint(path: str | os.PathLike[str], *, weights_only: bool) -> dict
         if Path(path).is_dir():
             checkpoint = _read_shards(Path(path), weights_only=weights_only)
         else:
+            if _is_archive(path) and _damaged_part(path, "/data.pkl"):  # the names: the weights have checksums
+                raise zipfile.BadZipFile  # noqa: TRY301 (said below, as of other damage)
             checkpoint = _as_a_trainer_writes(torch.load(path, map_location="cpu", weights_only=weights_only))
     except Exception as error:
         forbidden = _forbidden(error) if weights_only else None
         file = Path(path) / "meta.pt" if Path(path).is_dir() else Path(path)
-        if forbidden is not None and zipfile.is_zipfile(file) and _damaged_part(file) is None:
+        if forbidden is not None and not (_is_archive(file) and _damaged_part(file)):
+            what, way = forbidden
             message = (
-                f"{path} is whole, and holds an object of class {forbidden}, which weights_only=True does not allow."
-                f" If you trust the file, read it with weights_only=False, or allow this class alone:"
-                f" torch.serialization.add_safe_globals([{forbidden.rpartition('.')[2]}])."
+                f"{path} is whole, and holds {what}, which weights_only=True does not allow. If you trust the file,"
+                f" read it with weights_only=False{way}."
             )
             raise pickle.UnpicklingError(message) from error
         message = (
@@ -251,12 +287,19 @@ def _as_a_trainer_writes(checkpoint: Any) -> Any:
     return checkpoint
 
 
-def _forbidden(error: Exception) -> str | None:
-    """The class that ``torch.load(weights_only=True)`` has refused, if that is what it says."""
-    found = re.search(
-        r"GLOBAL ([\w.]+) was not an allowed global|Unsupported (?:global|class)[: ]+(?:GLOBAL )?([\w.]+)", str(error)
-    )
-    return (found.group(1) or found.group(2)) if found else None
+def _forbidden(error: Exception) -> tuple[str, str] | None:
+    """What ``torch.load(weights_only=True)`` has refused, if that is what it says, and how to allow it alone."""
+    blocked = re.search(r"unsupported GLOBAL ([\w.]+) whose module", str(error))
+    if blocked:
+        return blocked.group(1), ""
+    found = re.search(r"GLOBAL ([\w.]+) was not an allowed global|Unsupported class[: ]+([\w.]+)", str(error))
+    if not found:
+        return None
+    name = found.group(1) or found.group(2)
+    if name == "getattr":  # which finds them
+        return "an object of a class that is defined inside another one, or a method", ""
+    allow = f", or allow this class alone: torch.serialization.add_safe_globals([{name.rpartition('.')[2]}])"
+    return f"an object of class {name}", allow
 
 
 def _what_is_damaged(path: Path) -> str:
@@ -265,12 +308,9 @@ def _what_is_damaged(path: Path) -> str:
         return f"{path.name} is missing"
     if not path.stat().st_size:
         return "it is empty"
-    if not zipfile.is_zipfile(path):
+    if not _is_archive(path):
         return "it is cut off, or no file of torch.save"
-    try:
-        part = _damaged_part(path)
-    except Exception:  # noqa: BLE001 (whatever a damaged archive raises)
-        part = "its list of parts"
+    part = _damaged_part(path)
     return (
         "its shards are not whole"
         if part is None and path.name == "meta.pt"

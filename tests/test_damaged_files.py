@@ -68,6 +68,22 @@ def test_a_flipped_byte_of_a_weight_is_found():
             assert newest_checkpoint(".", "flipped*") is None
 
 
+def test_a_flipped_bit_anywhere_is_refused_or_changes_nothing():
+    path, rng = saved(), random.Random(0)
+    whole = {weights: load_weights(path, weights) for weights in ("slow", "fast")}
+    content = open(path, "rb").read()  # noqa: PTH123, SIM115
+    for _ in range(300):
+        flipped = bytearray(content)
+        flipped[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+        with open("flipped.ckpt", "wb") as file:  # noqa: PTH123
+            file.write(flipped)
+        for weights, values in whole.items():
+            with contextlib.suppress(ValueError):  # and nothing else
+                found = load_weights("flipped.ckpt", weights)
+                assert list(found) == list(values)
+                assert equal(found.values(), values.values())
+
+
 def test_weights_that_were_changed_on_purpose_are_read_as_they_are():
     checkpoint = torch.load(saved(), weights_only=True)
     checkpoint["state_dict"]["net.0.bias"].add_(1.0)
@@ -89,6 +105,33 @@ def test_an_object_that_is_not_allowed_is_told_from_damage_with_its_class_and_th
     assert equal(load_weights("objects.ckpt", weights_only=False).values(), load_weights(path).values())
     with torch.serialization.safe_globals([Schedule]):
         assert equal(load_weights("objects.ckpt").values(), load_weights(path).values())
+
+
+class Outer:
+    class Inner:
+        """A class that pickle finds by way of another one."""
+
+
+@pytest.mark.parametrize(
+    ("thing", "name"), [(Outer.Inner(), "a class that is defined inside another"), (os.getcwd, "posix.getcwd")]
+)
+def test_what_cannot_be_allowed_alone_is_told_from_damage_too(thing, name):
+    torch.save({**torch.load(saved(), weights_only=True), "hyper_parameters": {"thing": thing}}, "objects.ckpt")
+    with pytest.raises(pickle.UnpicklingError, match=f"objects.ckpt is whole.*{name}.*weights_only=False.$"):
+        load_weights("objects.ckpt")
+    assert newest_checkpoint(".").name == "objects.ckpt"
+
+
+def test_a_link_to_nowhere_and_a_file_of_an_old_torch_are_not_in_the_way():
+    os.symlink("gone.ckpt", "last.ckpt")  # noqa: PTH211
+    assert newest_checkpoint(".") is None
+    content = torch.load(saved(), weights_only=True)
+    torch.save(content, "old.ckpt", _use_new_zipfile_serialization=False)
+    assert newest_checkpoint(".").name == "old.ckpt"
+    assert equal(load_weights("old.ckpt").values(), load_weights("run.ckpt").values())
+    with open("old.ckpt", "r+b") as file:  # noqa: PTH123
+        file.truncate(3000)
+    assert newest_checkpoint(".").name == "run.ckpt"
 
 
 def test_an_empty_path_is_called_empty():
