@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
@@ -349,10 +350,12 @@ class SlowWeights:
         Args:
             whole: Of sharded weights, gather whole tensors on the first rank, for a file that this rank writes alone,
                 as `Fabric.save` does with all that is neither module nor optimizer. By default each rank has its
-                shards, for `torch.distributed.checkpoint`. Either loads with any number of ranks.
+                shards, for `torch.distributed.checkpoint`; they cannot be pickled, as one rank's are not enough.
+                Either loads with any number of ranks.
         """
         self.adopt()
-        return self._persistence.state_dict(whole=whole, lean=False)
+        state = self._persistence.state_dict(whole=whole, lean=False)
+        return Shards(state) if self.sharded and not whole else state
 
     def lean_state_dict(self, *, whole: bool = False) -> dict[str, Any]:
         """What `state_dict` returns without the tensors that the model's own ``state_dict`` gives."""
@@ -680,6 +683,20 @@ class SlowWeights:
         self.__dict__.update({**state, "_hooks": []})
         if counting:
             self._hook()
+
+
+class Shards(dict[str, Any]):
+    """The state of sharded weights. One rank's shards, pickled alone, would be a file that nothing can go on from."""
+
+    def __reduce_ex__(self, _: object) -> tuple[Any, ...]:
+        message = (
+            "SlowWeights.state_dict() holds this rank's shards, for torch.distributed.checkpoint: to pickle, as"
+            " Fabric.save does on one rank, give it SlowWeights.state_dict(whole=True)."
+        )
+        raise TypeError(message)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Shards:
+        return Shards({key: copy.deepcopy(value, memo) for key, value in self.items()})
 
 
 class WhenLoaded:

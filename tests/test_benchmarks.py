@@ -25,6 +25,7 @@ def start(name, *arguments, cwd):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.benchmark
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_a_smoke_run_prints_tables_and_writes_what_they_hold(name, tmp_path):

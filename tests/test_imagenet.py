@@ -77,6 +77,7 @@ def smoke(torchvision, tmp_path_factory):
     return out, done.stdout
 
 
+@pytest.mark.slow
 def test_a_smoke_run_leaves_a_pair_of_records_a_table_and_a_figure(smoke):
     out, printed = smoke
     sgd, lookahead = records(out)
@@ -99,6 +100,7 @@ def test_a_smoke_run_leaves_a_pair_of_records_a_table_and_a_figure(smoke):
     assert not [path for path in (out / "imagenet").iterdir() if path.is_dir()]  # checkpoints are removed
 
 
+@pytest.mark.slow
 def test_what_is_recorded_is_not_done_again(smoke, torchvision):
     out, printed = smoke
     before = (out / "imagenet.jsonl").read_bytes()
@@ -109,6 +111,7 @@ def test_what_is_recorded_is_not_done_again(smoke, torchvision):
     assert (out / "imagenet.jsonl").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_goes_on_after_its_last_epoch(smoke, torchvision, tmp_path):
     command = [sys.executable, imagenet.__file__, "--smoke", "--out", str(tmp_path)]
     with subprocess.Popen(command, env=torchvision, stdout=subprocess.DEVNULL) as process:
@@ -128,6 +131,7 @@ def test_a_run_that_was_killed_goes_on_after_its_last_epoch(smoke, torchvision, 
     assert resumed["results"] == records(smoke[0])[0]["results"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_two_processes_train_one_network_and_record_it_once(strategy, torchvision, tmp_path):
     two = ("--devices", "2", "--strategy", strategy, "--accelerator", "cpu")
@@ -138,6 +142,7 @@ def test_two_processes_train_one_network_and_record_it_once(strategy, torchvisio
     assert done.stdout.count("Figure:") == 1
 
 
+@pytest.mark.slow
 def test_what_lightning_refuses_is_said_in_one_line(torchvision, tmp_path):
     done = program(torchvision, "--smoke", "--strategy", "fsdp1", "--accelerator", "cpu", "--out", tmp_path)
     assert done.returncode == 1

@@ -261,6 +261,7 @@ print(sum(record["results"]["by"] == os.getpid() for record in records), len(rec
 """
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_runs_and_each_returns_the_records_of_all(tmp_path):
     both = [command(SHARED, "works") for _ in range(2)]
     (mine, all_of_them), (others, _) = (map(int, one.communicate()[0].split()[-2:]) for one in both)
@@ -269,6 +270,7 @@ def test_two_processes_share_the_runs_and_each_returns_the_records_of_all(tmp_pa
     assert not [path for path in (tmp_path / "out" / "try").iterdir() if path.is_dir()]
 
 
+@pytest.mark.slow
 def test_the_run_of_a_process_that_was_killed_is_taken_over():
     hanging = command(SHARED, "hangs")
     while "begun" not in hanging.stdout.readline():

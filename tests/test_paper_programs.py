@@ -49,6 +49,7 @@ def smoke(tmp_path_factory):
         return folder, dict(zip(RUNS, both.map(run, RUNS), strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
 def test_a_smoke_run_leaves_records_and_a_figure(smoke, name):
     folder, printed = smoke
@@ -66,6 +67,7 @@ def test_a_smoke_run_leaves_records_and_a_figure(smoke, name):
     assert not [path for path in (out / name).iterdir() if path.is_dir()]  # of checkpoints
 
 
+@pytest.mark.slow
 def test_a_study_that_is_done_only_draws_again_and_another_seed_is_added(smoke):
     folder, printed = smoke
     (folder / "outputs/paper/momentum_at_sync.png").unlink()
@@ -80,6 +82,7 @@ def test_a_study_that_is_done_only_draws_again_and_another_seed_is_added(smoke):
     assert (folder / "outputs/paper/momentum_at_sync.png").stat().st_size > 5000
 
 
+@pytest.mark.slow
 def test_digits_are_trained_on_in_their_own_size_for_as_long_as_is_said(tmp_path):
     done = start("momentum_at_sync", "--data", "digits", "--epochs", "1", "--seeds", "1", cwd=tmp_path)
     assert done.returncode == 0, done.stdout
@@ -88,6 +91,7 @@ def test_digits_are_trained_on_in_their_own_size_for_as_long_as_is_said(tmp_path
     assert [record["settings"].items() >= sizes.items() for record in records] == [True] * 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "message"),
     [
@@ -110,6 +114,7 @@ def test_the_published_results_are_what_the_records_give(tmp_path):
     assert published.returncode == 0, published.stdout
 
 
+@pytest.mark.slow
 def test_published_results_that_were_changed_by_hand_are_found_and_mended(tmp_path, monkeypatch):
     shutil.copytree(PAPER, tmp_path / "paper")
     results = tmp_path / "paper" / "RESULTS.md"

@@ -38,6 +38,7 @@ def test_python_snippets_run_one_after_the_other(capsys):
     assert "run.ckpt" in shown
 
 
+@pytest.mark.slow
 def test_the_command_for_the_main_job_ends_in_a_table_and_saves_a_plot(tmp_path):
     main, tests = blocks("sh")
     assert tests.strip().endswith(".venv/bin/pytest -n 2 --dist loadfile")  # that one runs this
@@ -57,6 +58,7 @@ def shape(text):
     ]
 
 
+@pytest.mark.slow
 def test_the_commands_print_what_is_shown(tmp_path):
     (block,) = blocks("console")
     (tmp_path / "examples").symlink_to(ROOT / "examples")

@@ -1,5 +1,6 @@
 """The weights that validation sees, and that they are gone again after it."""
 
+import contextlib
 import os
 import signal
 
@@ -191,6 +192,50 @@ def test_two_sets_of_different_runs_are_never_mixed_after_other_weights_were_loa
         load_weights("mixed.ckpt", "fast")
     module.load_state_dict(dict(zip(module.state_dict(), left, strict=True)))  # those of the fit again
     assert equal(both(callback, module)[0], reference(8)[0])
+
+
+class Stop(Callback):
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        if trainer.global_step == 5:
+            raise KeyboardInterrupt
+
+
+def load_by_swap(callback, trainer, module):
+    with callback.use_weights("fast"):
+        trainer.validate(module, ckpt_path="step=4.ckpt", verbose=False)
+
+
+def change_places(_, __, module):
+    with torch.no_grad():  # of two hidden units: the network computes what it did
+        for parameter, dim in ((module.net[0].weight, 0), (module.net[0].bias, 0), (module.net[2].weight, 1)):
+            parameter.copy_(parameter.flip(dim))
+
+
+def assign(_, __, module):
+    other = {name: value + 1 for name, value in module.state_dict().items()}
+    module.load_state_dict(other, assign=True)
+
+
+OTHERS = [lambda _, trainer, module: trainer.validate(module, ckpt_path="step=4.ckpt", verbose=False)]
+OTHERS += [load_by_swap, change_places, assign]
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+@pytest.mark.parametrize("load", OTHERS, ids=["validate", "within use_weights", "units change places", "assign"])
+def test_other_weights_are_noticed_however_they_came_and_however_the_fit_ended(load, stopped):
+    callback, module = LookaheadCallback(k=3), Regression()
+    every = ModelCheckpoint(".", "{step}", every_n_train_steps=1, save_top_k=-1)
+    trainer = make_trainer(callback, every, *([Stop()] if stopped else []), max_steps=8, limit_val_batches=1)
+    with pytest.raises((KeyboardInterrupt, SystemExit)) if stopped else contextlib.nullcontext():
+        trainer.fit(module)
+    both(callback, module)
+    load(callback, trainer, module)
+    with pytest.raises(RuntimeError, match="does not hold the weights that the fit has left"):
+        both(callback, module)
+    with pytest.warns(UserWarning, match="has one set of weights only"):
+        trainer.save_checkpoint("mixed.ckpt")
+    with pytest.raises(ValueError, match="holds one set of weights"):
+        load_weights("mixed.ckpt", "fast")
 
 
 def test_use_weights_inside_validation_and_after_an_exception():

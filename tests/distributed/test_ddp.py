@@ -25,6 +25,7 @@ def test_ranks_agree_bit_for_bit_and_a_sync_issues_no_collective(ranks):
             assert (mine - exact).abs().max() < 1e-14  # the ranks' gradients are summed in another order
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", ["fork", "spawn"])
 def test_processes_started_from_within_return_phi(start):
     callback, module = LookaheadCallback(k=3), Regression()

@@ -26,6 +26,7 @@ def torchrun(*arguments):
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("when", ["step", "save"])
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_a_killed_rank_is_started_again_from_the_last_whole_checkpoint(kind, when, ranks, tmp_path):
@@ -54,6 +55,7 @@ def on_two_nodes(*arguments):
         assert node.returncode == 0, output[-4000:]
 
 
+@pytest.mark.slow
 def test_two_nodes_train_and_resume(tmp_path):
     on_two_nodes(WORKER, "train", "fsdp2", "SGD", tmp_path)
     on_two_nodes(WORKER, "resume", "fsdp2", "SGD", tmp_path / "step=4.ckpt")

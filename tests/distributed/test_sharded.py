@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 import pytest
-from fabric_worker import resume_in_fabric
+from fabric_worker import resume_by_distributed_checkpoint, resume_in_fabric
 from foreign_worker import start_from_a_foreign_checkpoint
 from oracle import lookahead
 from runs import equal
@@ -161,6 +161,15 @@ def test_fabric_resumes_sharded_slow_weights(ranks):
     for end in ranks(2, resume_in_fabric):
         for weights, values in end.items():
             assert distance(dict(zip(trained, values, strict=True)), {n: expected[weights][n] for n in trained}) < 1e-12
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_distributed_checkpoint_shards_slow_weights_by_itself(processes, ranks, tmp_path):
+    end, *_ = ranks(2, resume_by_distributed_checkpoint, tmp_path, saves=True)
+    for again in ranks(processes, resume_by_distributed_checkpoint, tmp_path, saves=False, group=OTHER):
+        for weights in ("slow", "fast"):
+            pairs = zip(again[weights], end[weights], strict=True)
+            assert all((a - b).abs().max() < 1e-12 for a, b in pairs if a.numel())
 
 
 @pytest.mark.parametrize("kind", ["fsdp1", "fsdp2", "fsdp2_full"])
