@@ -10,21 +10,30 @@ from lightning_lookahead._sharding import any_rank
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    import torch
     from torch import Tensor
 
     from lightning_lookahead._pairs import Pairs
 
 
-def all_finite(weights: Pairs, nonfinite: str, name: Callable[[Tensor], str], *, sharded: bool) -> bool:
+def all_finite(
+    weights: Pairs, nonfinite: str, name: Callable[[Tensor], str], *, shared_on: torch.device | None
+) -> bool:
     """Whether all fast weights are finite; if not, warn, or raise if ``nonfinite`` says so.
+
+    Args:
+        weights: The weights, none perhaps.
+        nonfinite: What to do.
+        name: What a parameter is called.
+        shared_on: If the weights are spread over ranks, which all have to do the same: the device that they talk on.
 
     Raises:
         RuntimeError: With the name of the first parameter that is not.
     """
     bad = weights.not_finite()
     found = bool(bad)
-    if sharded and weights.fast and nonfinite != "raise":  # all ranks have to do the same
-        found = any_rank(found, weights.fast[0].device)
+    if shared_on is not None and nonfinite != "raise":  # also of a rank that has no piece of what was trained
+        found = any_rank(found, shared_on)
     if not found:
         return True
     first = name(weights.fast[bad[0]]) if bad else "A parameter on another rank"

@@ -121,9 +121,12 @@ class Tracked:
         copy_(self.kept.values(), self.kept)
 
     def note_gradients(self) -> None:
-        """Note which have a gradient in a step: after the first one of a cycle only those are asked that had none."""
+        """Note which have a gradient in a step: after the first one of a cycle only those are asked that had none.
+
+        What FSDP1 shows of a parameter of which this rank has no piece says nothing.
+        """
         if self.idle:
-            self.idle = {parameter: None for parameter in self.idle if parameter.grad is None}
+            self.idle = {parameter: None for parameter in self.idle if parameter.grad is None and parameter.numel()}
 
     # -- syncing
 

@@ -587,8 +587,9 @@ class SlowWeights:
             for cycle, kept in own.items()
         }
         pairs = {cycle: self._tracked.pairs(trained) for cycle, trained in moving.items()}
+        shared_on = parameters_of(self.optimizer)[0].device if self.sharded else None
         finite = {
-            cycle: all_finite(paired, self._nonfinite, self._name, sharded=self.sharded)
+            cycle: all_finite(paired, self._nonfinite, self._name, shared_on=shared_on)
             for cycle, paired in pairs.items()
         }
         if self._measure_distance:

@@ -43,18 +43,25 @@ class Ranks:
         job = function.__module__, function.__name__, arguments, named
         _write(self.folder / f"call-{self.calls}", (Path.cwd(), job))
         results = [self.folder / f"result-{self.calls}-{rank}" for rank in range(self.number)]
-        while not all(path.exists() for path in results) and self.alive:
-            if any(path.exists() and not pickle.loads(path.read_bytes())[0] for path in results):
-                time.sleep(2)  # what the others say, unless they wait for this one
-                break
-            time.sleep(0.01)
-        found = [pickle.loads(path.read_bytes()) for path in results if path.exists()]
+        try:
+            found = self._wait_for(results)
+        except BaseException:  # out of time: they wait for each other, and would in the next call
+            self.close()
+            raise
         wrong = [text for fine, text in found if not fine]
         if wrong or len(found) < self.number:
             self.close()
             said = (self.folder / "log").read_text(errors="replace")[-4000:]
             raise AssertionError("\n".join(wrong) or f"{self.number - len(found)} ranks have ended:\n{said}")
         return [value for _, value in found]
+
+    def _wait_for(self, results):
+        while not all(path.exists() for path in results) and self.alive:
+            if any(path.exists() and not pickle.loads(path.read_bytes())[0] for path in results):
+                time.sleep(2)  # what the others say, unless they wait for this one
+                break
+            time.sleep(0.01)
+        return [pickle.loads(path.read_bytes()) for path in results if path.exists()]
 
     @property
     def alive(self):
