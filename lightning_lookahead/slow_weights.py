@@ -560,7 +560,7 @@ class SlowWeights:
         """Do the outer step now: ``phi <- phi + alpha * (theta - phi)``, then ``theta <- phi``; starts a new cycle.
 
         If groups have cycles of their own, those that have ended are synced, or all if none has. A parameter that had
-        no gradient in a step of this optimizer since keeps its value, and phi takes it.
+        no gradient in the steps of this optimizer since keeps its value, and phi takes it.
 
         Raises:
             RuntimeError: If the parameters hold the slow weights, or if a fast weight is not finite and that is to
@@ -582,8 +582,12 @@ class SlowWeights:
         self._cycles.update(max(self.steps, self._start_step))
         own = {cycle: self._cycles.of(cycle, self._tracked.kept) for cycle in which()}
         idle = self._tracked.idle
+        still = {  # of a cycle without a step nothing can be said of gradients
+            cycle: {p: slow for p, slow in kept.items() if p in idle} if idle and self._since(cycle) else {}
+            for cycle, kept in own.items()
+        }
         moving = {
-            cycle: {p: slow for p, slow in kept.items() if p not in idle} if idle else kept
+            cycle: {p: slow for p, slow in kept.items() if p not in still[cycle]} if still[cycle] else kept
             for cycle, kept in own.items()
         }
         pairs = {cycle: self._tracked.pairs(trained) for cycle, trained in moving.items()}
@@ -594,8 +598,7 @@ class SlowWeights:
         }
         if self._measure_distance:
             self.last_distance = distance(self._tracked.kept, self._tracked.kept.values())
-        for cycle, kept in own.items():
-            trained = moving[cycle]
+        for cycle, trained in moving.items():
             if finite[cycle]:
                 self._move(cycle, trained, pairs[cycle])
             elif self._nonfinite == "restore":
@@ -603,8 +606,7 @@ class SlowWeights:
                 self._momentum.forget(trained)  # what made the weights infinite is in there, too
                 if self.buffers is not None:
                     copy_(self.buffers.live, self.buffers.kept)
-            still = [parameter for parameter in kept if parameter in idle] if idle else []
-            copy_([kept[parameter] for parameter in still], still)
+            copy_(still[cycle].values(), still[cycle])
             cycle.begins = max(self.steps, self._start_step)
         self._tracked.idle = {**idle, **dict.fromkeys(parameter for kept in own.values() for parameter in kept)}
 

@@ -108,7 +108,7 @@ class Outer:
             cycle = self.cycles[settings]
             alpha = at(settings[1] or self.alpha, cycle.syncs)
             for name, theta in self.own(settings).items():
-                if name in self.phi and name not in self.moved:  # frozen, say
+                if name in self.phi and cycle.since and name not in self.moved:  # frozen, say
                     self.phi[name].copy_(theta)
                 elif name in self.phi:
                     self.phi[name] = torch.lerp(self.phi[name], theta.to(self.phi[name]), alpha)
