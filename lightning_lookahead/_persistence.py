@@ -351,9 +351,8 @@ class Persistence:
             return
         pending.placed = True
         copy_(pending.loaded, pending.loaded.values())
-        self._tracked.update(
-            {*pending.parameters, *pending.trained}
-        )  # also what is frozen now: it was trained when it was saved
+        # Also what is frozen now: it was trained when it was saved.
+        self._tracked.update({*pending.parameters, *pending.trained})
         self._cycles.update(max(self._inner_steps.total, self._start_step))
         self._tracked.start()
         self._tracked.begun = pending.begun

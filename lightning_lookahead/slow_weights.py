@@ -330,10 +330,11 @@ class SlowWeights:
         trained = self._tracked.kept
         sums = []
         for weights in OTHER:
-            values = dict.fromkeys(trained) if weights == self.holds else self._tracked.values(weights)
-            sums += [bit_sum(*local([p if value is None else value.to(p)])) for p, value in values.items()]
+            values = {p: p for p in trained} if weights == self.holds else self._tracked.values(weights)
+            sums += [bit_sum(*local([value.to(p)])) for p, value in values.items()]
         own = set(self._module.parameters()) if self._module is not None else set()
-        return [*(torch.stack([own_sum.cpu() for own_sum in sums]).tolist() if sums else []), len(own & trained.keys())]
+        together = torch.stack([one.to(sums[0].device) for one in sums]).tolist() if sums else []  # one wait for it
+        return [*together, len(own & trained.keys())]
 
     @property
     def _synced(self) -> bool:
@@ -512,9 +513,8 @@ class SlowWeights:
         if begins or not self._looked:
             self._settle()
         if begins and (pending is None or not pending.begun):
-            self._tracked.idle = dict.fromkeys(
-                self._tracked.kept
-            )  # what was trained before the first cycle is not in it
+            # What was trained before the first cycle is not in it.
+            self._tracked.idle = dict.fromkeys(self._tracked.kept)
         self._go_on(begins=begins)
 
     def go_on(self) -> None:

@@ -22,16 +22,15 @@ class Ranks:
     Args:
         number: How many.
         folder: An empty folder for what is passed to and fro.
-        environment: Variables that they have beside those of this process.
     """
 
-    def __init__(self, number, folder, environment=()):
+    def __init__(self, number, folder):
         self.number, self.folder, self.calls = number, folder, 0
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={number}"] if number > 1 else []
         self.log = (folder / "log").open("wb")
         self.process = subprocess.Popen(
             [sys.executable, *launcher, __file__, folder, str(os.getpid())],
-            env={**os.environ, "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1", **dict(environment)},
+            env={**os.environ, "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"},
             stdout=self.log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
@@ -81,11 +80,11 @@ class Groups:
     def __init__(self, folders):
         self.folders, self.started = folders, {}
 
-    def __call__(self, number, function, *arguments, group="", environment=(), **named):
+    def __call__(self, number, function, *arguments, group="", **named):
         """Call a function on so many ranks; other groups are other processes."""
         ranks = self.started.get((number, group))
         if ranks is None or not ranks.alive:
-            ranks = Ranks(number, self.folders.mktemp(f"ranks-{number}-{group}"), environment)
+            ranks = Ranks(number, self.folders.mktemp(f"ranks-{number}-{group}"))
             self.started[number, group] = ranks
         return ranks.call(function, *arguments, **named)
 

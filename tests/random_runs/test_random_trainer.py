@@ -398,7 +398,7 @@ def test_a_fit_that_is_stopped_and_resumed_is_that_of_a_naive_callback(seed, tmp
     run(fresh, draw(seed), DEFAULTS, allowed)
 
 
-FOUND = {  # by random runs: each has failed once
+FOUND = {  # small cases of kinds that random runs have found to fail
     "a shared parameter that is frozen where the run goes on": {
         "turns": (1, 0),
         "shared": True,
@@ -429,7 +429,7 @@ FOUND = {  # by random runs: each has failed once
 
 
 @pytest.mark.parametrize("case", FOUND.values(), ids=FOUND)
-def test_a_fit_that_was_not_that_of_the_naive_callback_once(case, tmp_path):
+def test_a_fit_of_a_kind_that_has_failed_is_that_of_a_naive_callback(case, tmp_path):
     case = {**DEFAULTS, **case}
     assert allowed(case)
     check(case, tmp_path)
