@@ -418,6 +418,44 @@ def test_a_step_that_computes_its_gradients_without_a_closure_counts_from_the_fi
     assert equal([parameter, slow.values("slow")[parameter]], [twin, phi])
 
 
+def calls_to_go_on(count):
+    """Calls, of Python's functions and of C's, from a saved state of so many tensors to the first look at it."""
+
+    def build():
+        weights = nn.ParameterList(nn.Parameter(torch.ones(1)) for _ in range(count))
+        optimizer = torch.optim.SGD(weights, lr=0.1)
+        return weights, optimizer, SlowWeights(optimizer, k=3, module=weights, model_weights="slow")
+
+    weights, optimizer, slow = build()
+    sum(weight.sum() for weight in weights).backward()
+    optimizer.step()
+    with slow.use("slow"):
+        saved = copy.deepcopy([weights.state_dict(), optimizer.state_dict(), slow.state_dict()])
+    calls = 0
+
+    def count_call(_, event, __):
+        nonlocal calls
+        calls += event in {"call", "c_call"}
+
+    weights, optimizer, slow = build()
+    weights.load_state_dict(saved[0])
+    optimizer.load_state_dict(saved[1])
+    before = sys.getprofile()
+    sys.setprofile(count_call)
+    try:
+        slow.load_state_dict(saved[2])
+        slow.values("slow")
+    finally:
+        sys.setprofile(before)
+    assert weights[0].item() == pytest.approx(0.9)  # theta is in its place
+    return calls
+
+
+def test_what_loading_takes_grows_as_the_number_of_tensors_does():
+    few, twice, more = (calls_to_go_on(count) for count in (100, 200, 400))
+    assert more - twice <= 2.1 * (twice - few)
+
+
 # -- either set of weights
 
 
