@@ -2,55 +2,19 @@
 
 from __future__ import annotations
 
-import warnings
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import torch
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from lightning_lookahead._numbers import check_choice
 from lightning_lookahead._saved_format import TENSORS, VERSION
+from lightning_lookahead._settings import dtype_of
 from lightning_lookahead._tensors import checksum
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from torch import Tensor
-
-NONFINITE = ("raise", "skip", "restore")
-"""What a sync may do with a value that is not finite."""
-
-
-def check_dtype(dtype: str | None) -> torch.dtype | None:
-    """Return the floating-point type of this name; raise if there is none."""
-    if dtype is None:
-        return None
-    check_choice("slow_dtype", dtype, ("float32", "float64", "bfloat16", "float16"))
-    found: torch.dtype = getattr(torch, dtype)
-    return found
-
-
-def check_device(device: str | None) -> torch.device | None:
-    """Return the device of this name; raise if there is none."""
-    if device is None:
-        return None
-    try:
-        found = torch.device(device)
-    except (RuntimeError, TypeError):
-        found = torch.device("meta")
-    if found.type == "meta":  # which holds no values
-        message = f"slow_device={device!r} is unknown: give 'cpu', or leave it out."
-        raise ValueError(message)
-    return found
-
-
-def check_start(start_step: int) -> int:
-    """Return ``start_step``; raise unless it is an integer of at least 0."""
-    if isinstance(start_step, bool) or not isinstance(start_step, int) or start_step < 0:
-        message = f"start_step={start_step!r} is out of range: it must be an integer of at least 0."
-        raise ValueError(message)
-    return start_step
 
 
 def check_weights(weights: str, argument: str = "weights") -> None:
@@ -153,7 +117,7 @@ def check_state(state: object) -> None:
     for key in ("trained", "idle"):
         _check_names(key, state.get(key))
     check_weights(state.get("saved_with", "slow"), "state_dict['saved_with']")
-    check_dtype(state.get("slow_dtype"))
+    dtype_of(state.get("slow_dtype"))
     for part in TENSORS:
         entries = state.get(part, {})
         if not isinstance(entries, dict) or not all(_are_tensors(values) for values in entries.values()):
@@ -226,13 +190,3 @@ def check_saved(state: object, where: object = "The checkpoint") -> None:
     for counters in state["optimizers"]:
         check_state(counters)
     check_weights(state.get("eval_weights", "(missing)"), f"{where}: eval_weights")
-
-
-def warn_of_differences(saved: dict[str, Any], own: dict[str, Any]) -> None:
-    """Warn once if a run goes on with other settings than were saved; settings that were not saved are passed over."""
-    changed = [
-        f"{name} was {saved[name]!r} and is {value!r}" for name, value in own.items() if saved.get(name, value) != value
-    ]
-    if changed:
-        message = f"The Lookahead checkpoint has other settings: {'; '.join(changed)}. This run's own are used."
-        warnings.warn(message, stacklevel=3)

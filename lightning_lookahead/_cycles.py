@@ -7,13 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_lookahead._numbers import check_alpha, check_k
 from lightning_lookahead._saved_format import GROUP_SETTINGS
-from lightning_lookahead.step_size import Length, StepSize, check_length, check_step_size, k_at
+from lightning_lookahead.step_size import Length, StepSize, k_at
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator
 
     from torch import Tensor
     from torch.optim import Optimizer
+
+    from lightning_lookahead._settings import Settings
 
 
 class Cycle:
@@ -42,11 +44,11 @@ class Cycles:
     Groups with the same settings share one. They are in the order in which the groups first name them.
     """
 
-    def __init__(self, optimizer: Optimizer, k: Length, alpha: StepSize, begins: int) -> None:
+    def __init__(self, optimizer: Optimizer, settings: Settings) -> None:
         self._optimizer = optimizer
-        self._k, self._alpha = check_length(k), check_step_size(alpha)
+        self._k, self._alpha = settings.k, settings.alpha
         self._by_settings: dict[tuple[Any, Any], Cycle] = {}
-        self.update(begins)
+        self.update(settings.start_step)
 
     def __iter__(self) -> Iterator[Cycle]:
         return iter(self._by_settings.values())

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lightning_lookahead._checks import check_dtype, check_entries, check_state, check_sums, warn_of_differences
+from lightning_lookahead._checks import check_entries, check_state, check_sums
 from lightning_lookahead._names import names_in
 from lightning_lookahead._saved_format import OTHER, Weights, joined, slow_dtype, without_words, word_key, words
+from lightning_lookahead._settings import dtype_of
 from lightning_lookahead._sharding import named_shards, pieces
 from lightning_lookahead._tensors import checksum, copies, copy_, equal, local
 from lightning_lookahead._tracked import parameters_of
-from lightning_lookahead.step_size import describe
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     from lightning_lookahead._buffers import SlowBuffers
     from lightning_lookahead._cycles import Cycles
     from lightning_lookahead._inner_steps import InnerSteps
+    from lightning_lookahead._settings import Settings
     from lightning_lookahead._tracked import Tracked
     from lightning_lookahead.momentum import Momentum
-    from lightning_lookahead.step_size import Length, StepSize
 
 
 @dataclass
@@ -88,8 +88,7 @@ class Persistence:
 
     Args:
         optimizer: The optimizer.
-        k: As it was given, to compare with what was saved.
-        alpha: The same.
+        settings: What the outer loop was told.
         tracked: The parameters with their second tensors.
         cycles: The counts since the last sync.
         inner_steps: The counts since the start.
@@ -98,14 +97,12 @@ class Persistence:
         module: The module that gives parameters their names; without one they go by their place in the optimizer.
         sharded: Whether the parameters are spread over ranks; ``module`` is then the one whose shards they are.
         model_weights: The set that the model's own ``state_dict`` holds; ``None``: that which the parameters hold.
-        start_step: Inner steps before which there is one set only.
     """
 
     def __init__(
         self,
         optimizer: Optimizer,
-        k: Length,
-        alpha: StepSize,
+        settings: Settings,
         *,
         tracked: Tracked,
         cycles: Cycles,
@@ -115,12 +112,9 @@ class Persistence:
         module: nn.Module | None,
         sharded: bool,
         model_weights: Weights | None,
-        start_step: int,
     ) -> None:
         self.pending: Pending | None = None
-        self.settings = {"k": describe(k), "alpha": describe(alpha)}
-        """What a run that goes on is compared with."""
-        self._optimizer = optimizer
+        self._optimizer, self._settings = optimizer, settings
         self._tracked = tracked
         self._cycles = cycles
         self._inner_steps = inner_steps
@@ -129,7 +123,6 @@ class Persistence:
         self._module = module
         self._sharded = sharded
         self._model_weights = model_weights
-        self._start_step = start_step
 
     @property
     def saved_with(self) -> Weights:
@@ -151,14 +144,13 @@ class Persistence:
             for cycle in self._cycles
         ]
         return {
-            **self.settings,
+            **self._settings.saved(),
             "steps": self._inner_steps.total,
             **first,
             **({"groups": others} if others else {}),
             "trained": self._listed(self._tracked.kept),
             "idle": None if len(self._tracked.idle) == len(self._tracked.kept) else self._listed(self._tracked.idle),
             "saved_with": self.saved_with,
-            "slow_dtype": None if self._tracked.dtype is None else str(self._tracked.dtype).removeprefix("torch."),
         }
 
     def _listed(self, parameters: Iterable[Tensor]) -> list[str]:
@@ -243,13 +235,12 @@ class Persistence:
         check_state(state)
         pending = self._by_piece(state) if self._sharded else self._by_parameter(state)
         pending.statistics = self._statistics(state.get("statistics", {}))
-        warn_of_differences(state, self.settings)
         self._inner_steps.restore(state["steps"])
         self._tracked.update_if_more()
-        self._cycles.update(max(state["steps"], self._start_step))
+        self._cycles.update(max(state["steps"], self._settings.start_step))
         new = {"steps_since_sync": 0, "syncs": 0}  # of groups that were added since
         for cycle, saved in zip(self._cycles, chain([state, *state.get("groups", [])], repeat(new)), strict=False):
-            cycle.begins = max(state["steps"] - saved["steps_since_sync"], self._start_step)
+            cycle.begins = max(state["steps"] - saved["steps_since_sync"], self._settings.start_step)
             cycle.syncs = saved["syncs"]
         pending.trained = self._of_names(set(state.get("trained") or []))
         idle = state.get("idle", [])
@@ -276,8 +267,8 @@ class Persistence:
 
     def _by_parameter(self, state: dict[str, Any]) -> Pending:
         parameters = {name: parameter for parameter, name in self.names().items()}
-        pending = Pending(state["steps"] > self._start_step)
-        chosen = check_dtype(state.get("slow_dtype"))
+        pending = Pending(state["steps"] > self._settings.start_step)
+        chosen = dtype_of(state.get("slow_dtype"))
         dtypes = {name: slow_dtype(parameter.dtype, chosen) for name, parameter in parameters.items()}
         for part, into in (("weights", pending.weights), ("momentum", pending.momentum)):
             for entry, values in without_words(state.get(part, {}), dtypes).items():
@@ -290,8 +281,8 @@ class Persistence:
         return pending
 
     def _by_piece(self, state: dict[str, Any]) -> Pending:
-        chosen = check_dtype(state.get("slow_dtype"))
-        pending = Pending(state["steps"] > self._start_step)
+        chosen = dtype_of(state.get("slow_dtype"))
+        pending = Pending(state["steps"] > self._settings.start_step)
         for entry, levels in _by_level(state.get("weights", {})):
             dtypes = {p: slow_dtype(p.dtype, chosen) if entry == "slow" else p.dtype for p in self._pieces_in(levels)}
             base = {p: local([p])[0].to(dtype) for p, dtype in dtypes.items()}
@@ -353,7 +344,7 @@ class Persistence:
         copy_(pending.loaded, pending.loaded.values())
         # Also what is frozen now: it was trained when it was saved.
         self._tracked.update({*pending.parameters, *pending.trained})
-        self._cycles.update(max(self._inner_steps.total, self._start_step))
+        self._cycles.update(max(self._inner_steps.total, self._settings.start_step))
         self._tracked.start()
         self._tracked.begun = pending.begun
         if pending.idle is not None:

@@ -3,7 +3,7 @@
 The state of one outer loop, what `SlowWeights.state_dict` returns:
 
 ===================  =========================================================================================
-``k``, ``alpha``     as they were set, to compare with a run that goes on
+``k``, ``alpha``...  `Settings.saved`, to compare with a run that goes on
 ``steps``            inner steps taken
 ``steps_since_sync`` inner steps since the last sync
 ``syncs``            syncs done
@@ -11,7 +11,6 @@ The state of one outer loop, what `SlowWeights.state_dict` returns:
 ``trained``          names of the parameters that have two sets: they do also where a run that goes on has frozen them
 ``idle``             names of those that have had no gradient since their last sync; None: all
 ``saved_with``       ``"slow"`` or ``"fast"``: the set that the model's own ``state_dict`` holds
-``slow_dtype``       as it was set
 ``weights``          the other set: its name -> parameter name -> tensor; slow weights that the model's ``state_dict``
                      cannot hold without rounding, too
 ``momentum``         the inner momentum after the last sync (``pullback_momentum="pullback"``): name of the optimizer's

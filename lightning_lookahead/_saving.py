@@ -11,12 +11,13 @@ import torch
 from typing_extensions import override
 
 from lightning_lookahead._batch_norm import Recalibration
-from lightning_lookahead._checks import check_saved, check_weights, warn_of_differences
+from lightning_lookahead._checks import check_saved, check_weights
 from lightning_lookahead._lightning import Callback, writes_folders
 from lightning_lookahead._module_state import state_dict_of_slow
 from lightning_lookahead._names import names_in
 from lightning_lookahead._pruned import make_permanent
 from lightning_lookahead._saved_format import OTHER, SHARDS, TENSORS, VERSION, Weights, upgrade
+from lightning_lookahead._settings import warn_of_differences
 from lightning_lookahead._sharding import detach_aliases
 from lightning_lookahead._shards import load_folder
 from lightning_lookahead._tensors import copies, place
@@ -301,7 +302,5 @@ class SavingCallback(Callback):
             )
             raise ValueError(message)
         for slow, state in zip(self.slow_weights, self._restored, strict=False):
-            # Of settings that the callback has, it has said already whether they are others.
-            own = {name: value for name, value in state.items() if name not in slow.settings}
-            slow.load_state_dict(own, self._restored_model)
+            slow.load_state_dict(state, self._restored_model, compare=False)  # the callback's are the same settings
         self._restored, self._restored_model = [], {}

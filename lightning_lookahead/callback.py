@@ -4,21 +4,13 @@ from __future__ import annotations
 
 import functools
 import warnings
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from typing_extensions import override
 
 from lightning_lookahead._batch_norm import check_recalibrate
 from lightning_lookahead._buffers import check_statistics
-from lightning_lookahead._checks import (
-    NONFINITE,
-    check_device,
-    check_dtype,
-    check_optimizer,
-    check_sharded_options,
-    check_start,
-    check_weights,
-)
+from lightning_lookahead._checks import check_optimizer, check_sharded_options, check_weights
 from lightning_lookahead._lightning import (
     AVERAGERS,
     TUNERS,
@@ -35,21 +27,21 @@ from lightning_lookahead._names import names_in
 from lightning_lookahead._numbers import check_choice
 from lightning_lookahead._ranks import check_ranks
 from lightning_lookahead._saving import SavingCallback
+from lightning_lookahead._settings import Buffers, Nonfinite, PullbackMomentum, Settings
 from lightning_lookahead._undisturbed import undisturbed
 from lightning_lookahead.adaptive import AdaptiveAlpha, TrainingLoss
-from lightning_lookahead.momentum import MODES
 from lightning_lookahead.slow_weights import SlowWeights
-from lightning_lookahead.step_size import check_length, check_step_size, describe
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
     from torch.optim import Optimizer
 
     from lightning_lookahead._saved_format import Weights
-    from lightning_lookahead.momentum import Mode
     from lightning_lookahead.monitor import InnerOuterMonitor
-    from lightning_lookahead.slow_weights import Nonfinite
     from lightning_lookahead.step_size import Length, StepSize
+
+UnfinishedCycle = Literal["drop", "sync"]
+SyncOptimizers = Literal["independently", "together"]
 
 
 class LookaheadCallback(SavingCallback):
@@ -143,15 +135,15 @@ class LookaheadCallback(SavingCallback):
         k: Length = 5,
         alpha: StepSize = 0.5,
         eval_weights: Weights = "slow",
-        pullback_momentum: Mode = "none",
+        pullback_momentum: PullbackMomentum = "none",
         start_step: int = 0,
-        unfinished_cycle: Literal["drop", "sync"] = "drop",
+        unfinished_cycle: UnfinishedCycle = "drop",
         exclude: str | list[str] | None = None,
-        sync_optimizers: Literal["independently", "together"] = "independently",
+        sync_optimizers: SyncOptimizers = "independently",
         nonfinite: Nonfinite = "raise",
         slow_dtype: str | None = None,
         slow_device: str | None = None,
-        buffers: Literal["keep", "sync"] = "keep",
+        buffers: Buffers = "keep",
         monitor: InnerOuterMonitor | None = None,
         recalibrate_batch_norm: bool | int = False,  # noqa: FBT001, FBT002
         log_syncs: bool = False,  # noqa: FBT001, FBT002 (YAML and the command line name every argument)
@@ -161,25 +153,13 @@ class LookaheadCallback(SavingCallback):
         join_packages(LookaheadCallback)
         super().__init__()
         check_weights(eval_weights, "eval_weights")
-        check_choice("pullback_momentum", pullback_momentum, MODES)
-        check_choice("unfinished_cycle", unfinished_cycle, ("drop", "sync"))
-        check_choice("sync_optimizers", sync_optimizers, ("independently", "together"))
-        check_choice("nonfinite", nonfinite, NONFINITE)
-        check_choice("buffers", buffers, ("keep", "sync"))
-        self.k = check_length(k)
-        self.alpha = check_step_size(alpha)
-        self.start_step = check_start(start_step)
+        check_choice("unfinished_cycle", unfinished_cycle, get_args(UnfinishedCycle))
+        check_choice("sync_optimizers", sync_optimizers, get_args(SyncOptimizers))
+        self.settings = Settings(k, alpha, start_step, pullback_momentum, nonfinite, slow_dtype, slow_device, buffers)
         self.unfinished_cycle = unfinished_cycle
         self.exclude = [exclude] if isinstance(exclude, str) else list(exclude or [])
         self.sync_optimizers = sync_optimizers
-        self.nonfinite = nonfinite
-        check_dtype(slow_dtype)
-        check_device(slow_device)
-        self.slow_dtype = slow_dtype
-        self.slow_device = slow_device
-        self.buffers = buffers
         self.eval_weights: Weights = eval_weights
-        self.pullback_momentum = pullback_momentum
         check_recalibrate(recalibrate_batch_norm)
         if recalibrate_batch_norm and eval_weights == "fast":
             message = (
@@ -227,16 +207,9 @@ class LookaheadCallback(SavingCallback):
         for index, optimizer in enumerate(optimizers):  # one by one: if one is refused, the others are let go of
             slow = SlowWeights(
                 optimizer,
-                self.k,
-                self.alpha,
+                **{**vars(self.settings), **({} if index == 0 else {"buffers": "keep"})},
                 sync_in_step=False,
-                start_step=self.start_step,
                 exclude=[*excluded, *elsewhere[index]],
-                pullback_momentum=self.pullback_momentum,
-                nonfinite=self.nonfinite,
-                slow_dtype=self.slow_dtype,
-                slow_device=self.slow_device,
-                buffers=self.buffers if index == 0 else "keep",
                 module=trainer.strategy.model,
                 model_weights=self.eval_weights,
                 measure_distance=self.log_distance,
@@ -245,14 +218,14 @@ class LookaheadCallback(SavingCallback):
             slow.share(parameter for other in elsewhere for parameter in other)
         if any(slow.sharded for slow in self.slow_weights):
             check_sharded_options(
-                log_distance=self.log_distance, check_ranks=self.check_ranks, slow_device=self.slow_device
+                log_distance=self.log_distance, check_ranks=self.check_ranks, slow_device=self.settings.slow_device
             )
         if self.recalibrate_batch_norm:
             check_statistics(pl_module, "recalibrate_batch_norm")
         if self._needs_loss and not pl_module.automatic_optimization:
             message = (
-                f"alpha={self.alpha} needs the loss that training_step returns, and this module optimizes by hand: take"
-                " AdaptiveAlpha('fisher'), a number or a schedule."
+                f"alpha={self.settings.alpha} needs the loss that training_step returns, and this module optimizes by"
+                " hand: take AdaptiveAlpha('fisher'), a number or a schedule."
             )
             raise ValueError(message)
         if not pl_module.automatic_optimization:
@@ -323,7 +296,7 @@ class LookaheadCallback(SavingCallback):
 
     @property
     def _needs_loss(self) -> bool:
-        return isinstance(self.alpha, AdaptiveAlpha) and self.alpha.needs_loss
+        return isinstance(self.settings.alpha, AdaptiveAlpha) and self.settings.alpha.needs_loss
 
     def sync_now(self) -> None:
         """Do the outer step of every optimizer now, wherever in its cycle it is; a new cycle begins.
@@ -441,13 +414,8 @@ class LookaheadCallback(SavingCallback):
 
     def _settings(self) -> dict[str, Any]:
         return {
-            "k": describe(self.k),
-            "alpha": describe(self.alpha),
+            **self.settings.saved(),
             "eval_weights": self.eval_weights,
-            "pullback_momentum": self.pullback_momentum,
-            "start_step": self.start_step,
             "exclude": self.exclude,
             "sync_optimizers": self.sync_optimizers,
-            "slow_dtype": self.slow_dtype,
-            "buffers": self.buffers,
         }

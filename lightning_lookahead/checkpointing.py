@@ -14,9 +14,10 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as load_shards
 
-from lightning_lookahead._checks import check_dtype, check_saved, check_weights
+from lightning_lookahead._checks import check_saved, check_weights
 from lightning_lookahead._names import bare
 from lightning_lookahead._saved_format import SHARDS, Weights, slow_dtype, upgrade, without_words
+from lightning_lookahead._settings import dtype_of
 from lightning_lookahead._shards import KEY, listed
 from lightning_lookahead._tensors import checksum
 
@@ -173,7 +174,7 @@ def _weights_in(checkpoint: dict[str, Any], weights: Weights, path: str | os.Pat
                 _check_values(part, sums.get(which, {}), path)
         _check_values(beside, sums.get(own["saved_with"], {}), path, others_may_change=True)
         dtypes = {
-            name: slow_dtype(value.dtype, check_dtype(own.get("slow_dtype"))) for name, value in _tensors(state_dict)
+            name: slow_dtype(value.dtype, dtype_of(own.get("slow_dtype"))) for name, value in _tensors(state_dict)
         }
         dtypes = {bare(name): dtype for name, dtype in dtypes.items()}
         parts = without_words(own.get("weights", {}), dtypes), own.get("statistics", {})

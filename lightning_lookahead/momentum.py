@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from lightning_lookahead._checks import inside_of
-from lightning_lookahead._numbers import check_choice
 from lightning_lookahead._tensors import copy_, interpolate_
 
 if TYPE_CHECKING:
@@ -19,8 +18,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.optim import Optimizer
 
-Mode = Literal["none", "reset", "pullback"]
-MODES = ("none", "reset", "pullback")
+    from lightning_lookahead._settings import PullbackMomentum
+
 FIRST_MOMENTS = ("momentum_buffer", "exp_avg")
 """What optimizers call the moving average of the gradient."""
 
@@ -43,13 +42,14 @@ class Momentum:
         names: First moments that the optimizer keeps, where the mode is ``"pullback"``.
 
     Raises:
-        ValueError: If ``mode`` is unknown, would do nothing for this optimizer, or needs a state that is out of reach.
+        ValueError: If ``mode`` would do nothing for this optimizer, or needs a state that is out of reach.
 
     Source: Zhang, Lucas, Hinton, Ba 2019, section 3 and appendix; the official code's ``pullback_momentum``.
     """
 
-    def __init__(self, optimizer: Optimizer, mode: Mode, *, sharded: bool = False, restores: bool = False) -> None:
-        check_choice("pullback_momentum", mode, MODES)
+    def __init__(
+        self, optimizer: Optimizer, mode: PullbackMomentum, *, sharded: bool = False, restores: bool = False
+    ) -> None:
         self.mode = mode
         self.previous: dict[str, dict[Tensor, Tensor]] = {}
         """First moments after the last sync: name -> parameter -> value. Zero if it is not there."""

@@ -5,33 +5,33 @@ from __future__ import annotations
 import copy
 import weakref
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_lookahead._buffers import SlowBuffers, check_statistics
-from lightning_lookahead._checks import (
-    NONFINITE,
-    check_device,
-    check_dtype,
-    check_materialized,
-    check_optimizer,
-    check_start,
-    check_weights,
-)
+from lightning_lookahead._checks import check_materialized, check_optimizer, check_weights
 from lightning_lookahead._cycles import Cycle, Cycles, keep_settings
 from lightning_lookahead._finite import all_finite
 from lightning_lookahead._inner_steps import InnerSteps, is_rehearsal, step_hooks_of
 from lightning_lookahead._names import unwrapped
-from lightning_lookahead._numbers import check_choice
 from lightning_lookahead._persistence import Persistence
 from lightning_lookahead._saved_format import GROUP_SETTINGS, OTHER
+from lightning_lookahead._settings import (
+    Buffers,
+    Nonfinite,
+    PullbackMomentum,
+    Settings,
+    device_of,
+    dtype_of,
+    warn_of_differences,
+)
 from lightning_lookahead._sharding import BackwardSeen, is_sharded, reshard
 from lightning_lookahead._tensors import bit_sum, copies, copy_, distance, local, not_finite
 from lightning_lookahead._tracked import Tracked, parameters_of
 from lightning_lookahead.adaptive import AdaptiveAlpha, TrainingLoss
-from lightning_lookahead.momentum import Mode, Momentum, state_names
+from lightning_lookahead.momentum import Momentum, state_names
 from lightning_lookahead.step_size import Length, StepSize, alpha_at, describe
 
 if TYPE_CHECKING:
@@ -42,9 +42,6 @@ if TYPE_CHECKING:
 
     from lightning_lookahead._pairs import Pairs
     from lightning_lookahead._saved_format import Weights
-
-
-Nonfinite = Literal["raise", "skip", "restore"]
 
 
 class SlowWeights:
@@ -180,33 +177,31 @@ class SlowWeights:
         model_weights: Weights | None = None,
         start_step: int = 0,
         exclude: Iterable[Tensor] = (),
-        pullback_momentum: Mode = "none",
+        pullback_momentum: PullbackMomentum = "none",
         nonfinite: Nonfinite = "raise",
         slow_dtype: str | None = None,
         slow_device: str | None = None,
-        buffers: Literal["keep", "sync"] = "keep",
+        buffers: Buffers = "keep",
         loss: Callable[[], Tensor] | None = None,
         measure_distance: bool = False,
     ) -> None:
         check_optimizer(optimizer)
         if model_weights is not None:
             check_weights(model_weights, "model_weights")
-        check_choice("nonfinite", nonfinite, NONFINITE)
-        check_choice("buffers", buffers, ("keep", "sync"))
+        self.settings = settings = Settings(
+            k, alpha, start_step, pullback_momentum, nonfinite, slow_dtype, slow_device, buffers
+        )
         if buffers == "sync":
             check_statistics(module, "buffers='sync'")
         sharded = _check_parameters(optimizer, module)
         self.optimizer = optimizer
-        self.k = k
-        self.alpha = alpha
         self.buffers = SlowBuffers(module) if module is not None and buffers == "sync" else None
         """Slow BatchNorm statistics, if there are any."""
-        self._tracked = Tracked(optimizer, list(exclude), check_dtype(slow_dtype), check_device(slow_device))
-        self._cycles = Cycles(optimizer, k, alpha, check_start(start_step))
+        self._tracked = Tracked(optimizer, list(exclude), dtype_of(slow_dtype), device_of(slow_device))
+        self._cycles = Cycles(optimizer, settings)
         self._inner_steps = InnerSteps()
         self._momentum = Momentum(optimizer, pullback_momentum, sharded=sharded, restores=nonfinite == "restore")
         self._sharded = module if sharded else None
-        self._start_step = start_step
         self._started = False  # until the first step of the first cycle phi follows the parameters
         self._backward_seen = (
             BackwardSeen(module, parameters_of(optimizer))
@@ -217,8 +212,7 @@ class SlowWeights:
         self._looked = False  # whether both sets were in their places since something was loaded
         self._persistence = Persistence(
             optimizer,
-            k,
-            alpha,
+            settings,
             tracked=self._tracked,
             cycles=self._cycles,
             inner_steps=self._inner_steps,
@@ -227,7 +221,6 @@ class SlowWeights:
             module=module,
             sharded=sharded,
             model_weights=model_weights,
-            start_step=start_step,
         )
         self.loss = TrainingLoss(loss) if loss is not None else None
         """The training loss of the last batch, for an alpha that needs it."""
@@ -237,8 +230,6 @@ class SlowWeights:
         """How far theta and phi were apart just before the last sync, over all trained parameters; if measured."""
         self._module = module
         self._sync_in_step = sync_in_step
-        self._nonfinite = nonfinite
-        self._fetches = slow_device is not None
         self._measure_distance = measure_distance
         if isinstance(alpha, AdaptiveAlpha):
             self._check_adaptive(alpha)
@@ -256,7 +247,7 @@ class SlowWeights:
             alpha.check(state_names(self.optimizer, group), self.optimizer)
 
     def __repr__(self) -> str:
-        settings = f"k={describe(self.k)}, alpha={describe(self.alpha)}"
+        settings = f"k={describe(self.settings.k)}, alpha={describe(self.settings.alpha)}"
         return f"SlowWeights({type(self.optimizer).__name__}, {settings}, syncs={self.syncs})"
 
     # -- either set
@@ -367,12 +358,9 @@ class SlowWeights:
         """What `state_dict` returns without a tensor."""
         return self._persistence.counters()
 
-    @property
-    def settings(self) -> dict[str, Any]:
-        """What a state that is loaded is compared with."""
-        return self._persistence.settings
-
-    def load_state_dict(self, state_dict: dict[str, Any], model: Mapping[str, Any] | None = None) -> None:
+    def load_state_dict(
+        self, state_dict: dict[str, Any], model: Mapping[str, Any] | None = None, *, compare: bool = True
+    ) -> None:
         """Go on where the saved one was; ``k`` and ``alpha`` stay as they were given, with a warning if they differ.
 
         The weights take their places when they are first used, as the model may be loaded later.
@@ -381,11 +369,14 @@ class SlowWeights:
             state_dict: What `state_dict` returned, with tensors of any number of ranks, whole or in shards.
             model: The model's ``state_dict`` that was saved with it and has been loaded, if it is at hand: to compare
                 with, instead of with the parameters.
+            compare: Warn if the settings differ.
 
         Raises:
             ValueError: If it is damaged or of another model; nothing is changed then.
         """
         self._persistence.load_state_dict(state_dict)
+        if compare:
+            warn_of_differences(state_dict, self.settings.saved())
         if model is not None:
             self._persistence.compare(model)
         self._started = self._looked = False
@@ -450,7 +441,7 @@ class SlowWeights:
     @property
     def changes_alpha(self) -> bool:
         """Whether the step size is not the same number at every sync."""
-        return not isinstance(self.alpha, (int, float)) or len(self._cycles) > 1
+        return not isinstance(self.settings.alpha, (int, float)) or len(self._cycles) > 1
 
     @property
     def due(self) -> bool:
@@ -483,7 +474,7 @@ class SlowWeights:
     def track_new(self) -> None:
         """Take in parameters that were added or unfrozen: their slow weights begin where they are now."""
         if self._tracked.update_if_more():
-            self._cycles.update(max(self.steps, self._start_step))
+            self._cycles.update(max(self.steps, self.settings.start_step))
 
     def _has_gradient(self) -> bool:
         if self._backward_seen is not None:
@@ -505,7 +496,7 @@ class SlowWeights:
                 " SlowWeights last, or give it the module."
             )
             raise RuntimeError(message)
-        begins = self._inner_steps.reached(self._start_step)
+        begins = self._inner_steps.reached(self.settings.start_step)
         if pending is not None:
             self._settle()
             if not pending.begun:  # there is one set still
@@ -527,7 +518,7 @@ class SlowWeights:
 
         With an alpha of 1, a sync takes theta whatever phi is: what another optimizer moves then belongs to both.
         """
-        self._tracked.shared = set() if self.alpha == 1 else set(parameters)
+        self._tracked.shared = set() if self.settings.alpha == 1 else set(parameters)
 
     def _go_on(self, *, begins: bool) -> None:
         """Let go of what was loaded: from here on the weights are moved."""
@@ -546,10 +537,14 @@ class SlowWeights:
             self._begins_now
             and not counted
             and not self._inner_steps.under_way
-            and self._inner_steps.counted <= self._start_step
+            and self._inner_steps.counted <= self.settings.start_step
         ):
             self._started = self._tracked.begun = False  # there was no gradient: the first cycle has not begun
-        if counted and self._fetches and self._inner_steps.counted + 1 in {c.ends for c in self._cycles}:
+        if (
+            counted
+            and self.settings.slow_device is not None
+            and self._inner_steps.counted + 1 in {c.ends for c in self._cycles}
+        ):
             self._tracked.prepare()
         if counted and self._sync_in_step and self.due:
             self.sync()
@@ -579,7 +574,7 @@ class SlowWeights:
             raise RuntimeError(message)
         self.go_on()
         self._tracked.update_if_other()
-        self._cycles.update(max(self.steps, self._start_step))
+        self._cycles.update(max(self.steps, self.settings.start_step))
         own = {cycle: self._cycles.of(cycle, self._tracked.kept) for cycle in which()}
         idle = self._tracked.idle
         still = {  # of a cycle without a step nothing can be said of gradients
@@ -593,7 +588,7 @@ class SlowWeights:
         pairs = {cycle: self._tracked.pairs(trained) for cycle, trained in moving.items()}
         shared_on = parameters_of(self.optimizer)[0].device if self.sharded else None
         finite = {
-            cycle: all_finite(paired, self._nonfinite, self._name, shared_on=shared_on)
+            cycle: all_finite(paired, self.settings.nonfinite, self._name, shared_on=shared_on)
             for cycle, paired in pairs.items()
         }
         if self._measure_distance:
@@ -601,13 +596,13 @@ class SlowWeights:
         for cycle, trained in moving.items():
             if finite[cycle]:
                 self._move(cycle, trained, pairs[cycle])
-            elif self._nonfinite == "restore":
+            elif self.settings.nonfinite == "restore":
                 copy_(trained, trained.values())
                 self._momentum.forget(trained)  # what made the weights infinite is in there, too
                 if self.buffers is not None:
                     copy_(self.buffers.live, self.buffers.kept)
             copy_(still[cycle].values(), still[cycle])
-            cycle.begins = max(self.steps, self._start_step)
+            cycle.begins = max(self.steps, self.settings.start_step)
         self._tracked.idle = {**idle, **dict.fromkeys(parameter for kept in own.values() for parameter in kept)}
 
     def _move(self, cycle: Cycle, trained: dict[Tensor, Tensor], pairs: Pairs) -> None:

@@ -327,7 +327,7 @@ def test_callback_trainer_and_strategy_can_be_copied_and_pickled(when):
 
     def duplicate(trainer):
         pickled, deep = pickle.loads(pickle.dumps(callback)), copy.deepcopy(callback)
-        assert (pickled.k, deep.k) == (3, 3)
+        assert (pickled.settings.k, deep.settings.k) == (3, 3)
         pickle.loads(pickle.dumps(trainer.strategy))
         for twin in (pickled, deep):
             if when != "during":  # the settings, not the weights
@@ -349,7 +349,7 @@ def test_callback_trainer_and_strategy_can_be_copied_and_pickled(when):
     trainer.fit(module)
     if when == "after":
         duplicate(trainer)
-        assert pickle.loads(pickle.dumps(trainer)).callbacks[0].k == 3
+        assert pickle.loads(pickle.dumps(trainer)).callbacks[0].settings.k == 3
     assert done == [when]
     assert equal(module.weights(), reference(8)[1])
 

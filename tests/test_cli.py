@@ -274,7 +274,7 @@ def test_every_argument_has_help():
 def test_a_program_of_ones_own_takes_it():
     Path("train.py").write_text(
         "from lightning_lookahead import LookaheadCLI\nfrom cli_module import Data, Model\n"
-        "cli = LookaheadCLI(Model, Data, seed_everything_default=1)\nprint('trained', cli.trainer.callbacks[0].k)\n"
+        "cli = LookaheadCLI(Model, Data, seed_everything_default=1)\nprint('trained', cli.trainer.callbacks[0].settings.k)\n"
     )
     program = [sys.executable, "train.py"]
     assert "trained 3\n" in start("fit", *QUIET, "--trainer.max_steps=4", "--lookahead.k=3", command=program).stdout
@@ -283,7 +283,7 @@ def test_a_program_of_ones_own_takes_it():
 def test_without_subcommands_it_makes_what_was_asked_for(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train.py"])
     cli = LookaheadCLI(Model, Data, run=False, args=["--lookahead.k=7", *QUIET])
-    assert [callback.k for callback in cli.trainer.callbacks if isinstance(callback, LookaheadCallback)] == [7]
+    assert [callback.settings.k for callback in cli.trainer.callbacks if isinstance(callback, LookaheadCallback)] == [7]
 
 
 @pytest.mark.parametrize(
@@ -307,7 +307,7 @@ def test_every_part_can_be_set(arguments, name, value, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train.py"])
     cli = LookaheadCLI(Model, Data, run=False, args=[*(f"--lookahead.{argument}" for argument in arguments), *QUIET])
     (callback,) = (callback for callback in cli.trainer.callbacks if isinstance(callback, LookaheadCallback))
-    assert repr(getattr(callback, name)).startswith(value)
+    assert repr({**vars(callback), **vars(callback.settings)}[name]).startswith(value)
 
 
 def test_a_trainer_class_that_cannot_compare_is_refused():

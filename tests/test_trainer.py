@@ -305,7 +305,7 @@ def test_a_command_line_can_add_and_set_it(monkeypatch):
     monkeypatch.setattr("sys.argv", ["train.py", *(f"--trainer.{option}" for option in options)])
     cli = LightningCLI(Regression, run=False, save_config_callback=None)
     (callback,) = (callback for callback in cli.trainer.callbacks if isinstance(callback, LookaheadCallback))
-    assert (callback.k, callback.alpha, callback.eval_weights) == (7, 0.5, "fast")
+    assert (callback.settings.k, callback.settings.alpha, callback.eval_weights) == (7, 0.5, "fast")
 
 
 # -- what is refused, before training
@@ -332,8 +332,8 @@ def test_bad_arguments_are_refused_with_name_value_and_range(settings, message):
 
 def test_numbers_of_numpy_are_numbers():
     callback = LookaheadCallback(k=np.int64(3), alpha=np.float32(0.5))
-    assert (callback.k, callback.alpha) == (3, 0.5)
-    assert (type(callback.k), type(callback.alpha)) == (int, float)
+    assert (callback.settings.k, callback.settings.alpha) == (3, 0.5)
+    assert (type(callback.settings.k), type(callback.settings.alpha)) == (int, float)
 
 
 class Refused(Regression):

@@ -147,7 +147,7 @@ def resume(kind, optimizer, *paths, **options):
 def _fit_to_the_end(*arguments, **options):
     trainer, _, callback = fit(*arguments, **options)
     counted = callback.slow_weights[0].steps, callback.slow_weights[0].syncs
-    assert counted == (STEPS, (STEPS - callback.start_step) // K), f"counted {counted}"
+    assert counted == (STEPS, (STEPS - callback.settings.start_step) // K), f"counted {counted}"
     assert trainer.global_step == STEPS
     return trainer
 
