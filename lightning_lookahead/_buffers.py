@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lightning_lookahead._algorithm import outer_step
 from lightning_lookahead._names import bare, unwrapped
-from lightning_lookahead._tensors import copies, copy_, exchange_, interpolate_
+from lightning_lookahead._tensors import copies, copy_, exchange_
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -60,8 +61,7 @@ class SlowBuffers:
 
     def sync(self, alpha: float) -> None:
         """Do the outer step."""
-        interpolate_(self.kept, self.live, alpha)
-        copy_(self.live, self.kept)
+        outer_step(self.live, self.kept, alpha)
 
     def exchange(self) -> None:
         """Let the module hold the other set."""

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import operator
 import warnings
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from lightning_lookahead._cpu_buckets import CpuBuckets
 from lightning_lookahead._numbers import check_alpha, check_k
 from lightning_lookahead._saved_format import GROUP_SETTINGS
+from lightning_lookahead._tensors import not_finite
 from lightning_lookahead.step_size import Length, StepSize, k_at
 
 if TYPE_CHECKING:
@@ -18,24 +22,51 @@ if TYPE_CHECKING:
     from lightning_lookahead._settings import Settings
 
 
+@dataclass
+class Moving:
+    """What a sync moves: fast weights, a slow tensor of each, and both arranged for a CPU."""
+
+    fast: list[Tensor]
+    slow: list[Tensor]
+    buckets: CpuBuckets | None = None
+
+    def not_finite(self) -> list[int]:
+        """Which of the fast weights have a value that is NaN or infinite."""
+        return not_finite(self.fast) if self.buckets is None else self.buckets.not_finite()
+
+
 class Cycle:
-    """The inner steps from one sync to the next.
+    """The inner steps from one sync to the next, of the parameters that the sync moves.
 
     Attributes:
         step_size: That of the sync that ends it, or where it comes from.
         begins: Inner steps before it.
         syncs: Syncs before it.
+        weights: Its parameters, theta -> phi.
     """
 
     def __init__(self, k: Length, alpha: StepSize, begins: int) -> None:
         self._k = k
         self.step_size = alpha
         self.begins, self.syncs = begins, 0
+        self.weights: dict[Tensor, Tensor] = {}
+        self._moving = Moving([], [])
 
     @property
     def ends(self) -> int:
         """Inner steps before the sync that ends it."""
         return self.begins + k_at(self._k, self.syncs)
+
+    def moving(self, idle: Collection[Tensor]) -> Moving:
+        """What its sync moves: all but the ``idle``; arranged anew only if they are others or elsewhere than before."""
+        own = {p: phi for p, phi in self.weights.items() if p not in idle} if idle else self.weights
+        fast, slow, known = list(own), list(own.values()), self._moving
+        if not (_same(known.fast, fast) and _same(known.slow, slow) and (known.buckets is None or known.buckets.fit)):
+            self._moving = Moving(fast, slow, CpuBuckets.arranged(fast, slow))
+        return self._moving
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_moving": Moving([], [])}
 
 
 class Cycles:
@@ -48,7 +79,7 @@ class Cycles:
         self._optimizer = optimizer
         self._k, self._alpha = settings.k, settings.alpha
         self._by_settings: dict[tuple[Any, Any], Cycle] = {}
-        self.update(settings.start_step)
+        self.update(settings.start_step, {})
 
     def __iter__(self) -> Iterator[Cycle]:
         return iter(self._by_settings.values())
@@ -56,24 +87,32 @@ class Cycles:
     def __len__(self) -> int:
         return len(self._by_settings)
 
-    def update(self, step: int) -> None:
-        """Look at the groups again, after ``step`` inner steps; what is new begins there, what no group has ends."""
-        known = self._by_settings
-        self._by_settings = {}
+    def update(self, step: int, weights: dict[Tensor, Tensor]) -> None:
+        """Look at the groups again.
+
+        Args:
+            step: Inner steps taken: what is new begins there. What no group has ends.
+            weights: theta -> phi of all trained parameters; each cycle takes its own.
+        """
+        known, self._by_settings = self._by_settings, {}
+        groups: dict[Cycle, list[dict[str, Any]]] = {}
         for group in self._optimizer.param_groups:
             k, alpha = settings = _settings(group)
             cycle = known.get(settings) or Cycle(
                 self._k if k is None else k, self._alpha if alpha is None else alpha, step
             )
-            self._by_settings.setdefault(settings, cycle)
+            groups.setdefault(self._by_settings.setdefault(settings, cycle), []).append(group)
+        for cycle, own in groups.items():
+            cycle.weights = weights if len(groups) == 1 else _those_of(own, weights)
 
-    def of(self, cycle: Cycle, kept: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
-        """Those of the parameters that sync at the end of a cycle, with their second tensors."""
-        if len(self) == 1:
-            return kept
-        groups = [group for group in self._optimizer.param_groups if self._by_settings[_settings(group)] is cycle]
-        own: Collection[Tensor] = {parameter for group in groups for parameter in group["params"]}
-        return {parameter: value for parameter, value in kept.items() if parameter in own}
+
+def _those_of(groups: list[dict[str, Any]], weights: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
+    own = {parameter for group in groups for parameter in group["params"]}
+    return {parameter: phi for parameter, phi in weights.items() if parameter in own}
+
+
+def _same(left: list[Tensor], right: list[Tensor]) -> bool:
+    return len(left) == len(right) and all(map(operator.is_, left, right))
 
 
 def _settings(group: dict[str, Any]) -> tuple[int | None, float | None]:

@@ -13,16 +13,16 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from lightning_lookahead._pairs import Pairs
+    from lightning_lookahead._cycles import Moving
 
 
 def all_finite(
-    weights: Pairs, nonfinite: str, name: Callable[[Tensor], str], *, shared_on: torch.device | None
+    moving: Moving, nonfinite: str, name: Callable[[Tensor], str], *, shared_on: torch.device | None
 ) -> bool:
     """Whether all fast weights are finite; if not, warn, or raise if ``nonfinite`` says so.
 
     Args:
-        weights: The weights, none perhaps.
+        moving: What the sync moves, nothing perhaps.
         nonfinite: What to do.
         name: What a parameter is called.
         shared_on: If the weights are spread over ranks, which all have to do the same: the device that they talk on.
@@ -30,13 +30,13 @@ def all_finite(
     Raises:
         RuntimeError: With the name of the first parameter that is not.
     """
-    bad = weights.not_finite()
+    bad = moving.not_finite()
     found = bool(bad)
     if shared_on is not None and nonfinite != "raise":  # also of a rank that has no piece of what was trained
         found = any_rank(found, shared_on)
     if not found:
         return True
-    first = name(weights.fast[bad[0]]) if bad else "A parameter on another rank"
+    first = name(moving.fast[bad[0]]) if bad else "A parameter on another rank"
     what = f"{first} has a value that is not finite, and so have {max(len(bad) - 1, 0)} others"
     if nonfinite == "raise":
         message = (

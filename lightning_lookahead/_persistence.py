@@ -237,7 +237,7 @@ class Persistence:
         pending.statistics = self._statistics(state.get("statistics", {}))
         self._inner_steps.restore(state["steps"])
         self._tracked.update_if_more()
-        self._cycles.update(max(state["steps"], self._settings.start_step))
+        self._cycles.update(max(state["steps"], self._settings.start_step), self._tracked.kept)
         new = {"steps_since_sync": 0, "syncs": 0}  # of groups that were added since
         for cycle, saved in zip(self._cycles, chain([state, *state.get("groups", [])], repeat(new)), strict=False):
             cycle.begins = max(state["steps"] - saved["steps_since_sync"], self._settings.start_step)
@@ -344,7 +344,7 @@ class Persistence:
         copy_(pending.loaded, pending.loaded.values())
         # Also what is frozen now: it was trained when it was saved.
         self._tracked.update({*pending.parameters, *pending.trained})
-        self._cycles.update(max(self._inner_steps.total, self._settings.start_step))
+        self._cycles.update(max(self._inner_steps.total, self._settings.start_step), self._tracked.kept)
         self._tracked.start()
         self._tracked.begun = pending.begun
         if pending.idle is not None:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import operator
-from typing import TYPE_CHECKING, Any
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 
+from lightning_lookahead._cycles import Moving
 from lightning_lookahead._offload import Offload
-from lightning_lookahead._pairs import Pairs, side_by_side
 from lightning_lookahead._saved_format import slow_dtype
-from lightning_lookahead._tensors import copy_, equal, exchange_, not_finite, place
+from lightning_lookahead._tensors import copies, copy_, equal, exchange_, not_finite, place
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Collection, Iterable, Iterator
 
     from torch import Tensor
     from torch.optim import Optimizer
@@ -61,7 +62,6 @@ class Tracked:
         self._kept: dict[Tensor, Tensor] = {}
         self._offload = Offload()
         self.holds: Weights = "fast"
-        self._pairs: dict[Tensor, Pairs] = {}  # by the first fast tensor of each
         self._aside: dict[Tensor, Tensor] = {}  # fast weights of those that are apart, while they hold the slow ones
         self._parted: set[Tensor] = set()  # which are two, where a swap right after a sync expects one
         self._optimizer = optimizer
@@ -91,7 +91,6 @@ class Tracked:
         known = {**self.kept, **dict(zip(new, self._second(new), strict=True))}
         self.idle = dict.fromkeys(parameter for parameter in trained if parameter in self.idle or parameter in new_ones)
         self._kept = {parameter: known[parameter] for parameter in trained}
-        self._pairs = {}
         self._left_alone = [parameter for parameter in single if parameter not in self.kept]
 
     def update_if_more(self) -> bool:
@@ -111,7 +110,6 @@ class Tracked:
     def follow(self) -> None:
         """Move what is kept to where its parameter is now, unless it has a place of its own."""
         if self._device is None and any(kept.device != parameter.device for parameter, kept in self.kept.items()):
-            self._pairs = {}
             self._kept = {parameter: kept.to(parameter.device) for parameter, kept in self.kept.items()}
             self._aside = {parameter: fast.to(parameter.device) for parameter, fast in self._aside.items()}
 
@@ -132,32 +130,23 @@ class Tracked:
 
     def prepare(self) -> None:
         """Say that a sync comes after the next step: what is on the CPU can set out for the GPU."""
-        self._offload.fetch(self._remote(self._kept))
+        self._offload.fetch(self._remote(self._kept.items()))
 
-    def pairs(self, trained: dict[Tensor, Tensor]) -> Pairs:
-        """Some of `kept`, arranged for syncs; arranged anew only if they are others or elsewhere than last time."""
-        first = next(iter(trained), None)
-        if first is None:
-            return Pairs([], [])
-        known = self._pairs.get(first)
-        if known is None or not known.matches(trained):
-            known = self._pairs[first] = Pairs(trained, trained.values())
-        return known
-
-    def sync(self, trained: dict[Tensor, Tensor], pairs: Pairs, alpha: float) -> None:
-        """Do the outer step on some of `kept`, and on these as they are arranged."""
-        remote = self._remote(trained)
+    @contextmanager
+    def at_hand(self, moving: Moving) -> Iterator[Moving]:
+        """Let slow weights that are kept on the CPU be beside their fast ones inside the ``with`` block."""
+        remote = self._remote(zip(moving.fast, moving.slow, strict=True))
         if not remote:
-            pairs.sync(alpha)
+            yield moving
             return
-        beside = {**trained, **self._offload.take(remote)}
-        Pairs(beside, beside.values()).sync(alpha)
+        beside = self._offload.take(remote)
+        yield Moving(moving.fast, [beside.get(theta, phi) for theta, phi in zip(moving.fast, moving.slow, strict=True)])
         self._offload.store(remote, beside)
 
-    def _remote(self, pairs: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
+    def _remote(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> dict[Tensor, Tensor]:
         if self._device is None:
             return {}
-        return {theta: phi for theta, phi in pairs.items() if theta.is_cuda and not phi.is_cuda}
+        return {theta: phi for theta, phi in pairs if theta.is_cuda and not phi.is_cuda}
 
     # -- either set
 
@@ -228,12 +217,9 @@ class Tracked:
 
     @torch.inference_mode(mode=False)
     def _second(self, parameters: list[Tensor]) -> list[Tensor]:
-        seconds = [second.to(self._device, slow_dtype(second.dtype, self.dtype)) for second in side_by_side(parameters)]
+        seconds = [second.to(self._device, slow_dtype(second.dtype, self.dtype)) for second in copies(parameters)]
         remote = self._device is not None and self._device.type == "cpu"
         return [
             second.pin_memory() if remote and parameter.is_cuda else second
             for parameter, second in zip(parameters, seconds, strict=True)
         ]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_pairs": {}}

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from lightning_lookahead._algorithm import outer_step
 from lightning_lookahead._checks import inside_of
-from lightning_lookahead._tensors import copy_, interpolate_
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -101,8 +101,7 @@ class Momentum:
             if parameter not in previous:
                 previous[parameter] = torch.zeros_like(moment)
         kept = [previous[parameter] for parameter in owners]
-        interpolate_(kept, moments, alpha)
-        copy_(moments, kept)
+        outer_step(moments, kept, alpha)
         return True
 
     def forget(self, parameters: Collection[Tensor]) -> None:

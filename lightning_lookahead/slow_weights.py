@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
+from lightning_lookahead._algorithm import outer_step
 from lightning_lookahead._buffers import SlowBuffers, check_statistics
 from lightning_lookahead._checks import check_materialized, check_optimizer, check_weights
-from lightning_lookahead._cycles import Cycle, Cycles, keep_settings
+from lightning_lookahead._cycles import Cycle, Cycles, Moving, keep_settings
 from lightning_lookahead._finite import all_finite
 from lightning_lookahead._inner_steps import InnerSteps, is_rehearsal, step_hooks_of
 from lightning_lookahead._names import unwrapped
@@ -35,12 +36,11 @@ from lightning_lookahead.momentum import Momentum, state_names
 from lightning_lookahead.step_size import Length, StepSize, alpha_at, describe
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
     from torch import Tensor, nn
     from torch.optim import Optimizer
 
-    from lightning_lookahead._pairs import Pairs
     from lightning_lookahead._saved_format import Weights
 
 
@@ -474,7 +474,7 @@ class SlowWeights:
     def track_new(self) -> None:
         """Take in parameters that were added or unfrozen: their slow weights begin where they are now."""
         if self._tracked.update_if_more():
-            self._cycles.update(max(self.steps, self.settings.start_step))
+            self._cycles.update(max(self.steps, self.settings.start_step), self._tracked.kept)
 
     def _has_gradient(self) -> bool:
         if self._backward_seen is not None:
@@ -569,61 +569,70 @@ class SlowWeights:
             self._sync(lambda: [cycle for cycle in self._cycles if self._since(cycle)])
 
     def _sync(self, which: Callable[[], list[Cycle]]) -> None:
+        self._make_ready()
+        cycles = {cycle: cycle.moving(self._idle_in(cycle)) for cycle in which()}
+        finite = [self._is_finite(moving) for moving in cycles.values()]  # of all before one moves
+        if self._measure_distance:
+            self.last_distance = distance(self._tracked.kept, self._tracked.kept.values())
+        for (cycle, moving), is_finite in zip(cycles.items(), finite, strict=True):
+            if is_finite:
+                alpha = self._step_size(cycle, moving)
+                with self._tracked.at_hand(moving) as beside:
+                    outer_step(beside.fast, beside.slow, alpha, buckets=beside.buckets)
+                self._momentum.after_sync(moving.fast, alpha)
+                self._sync_statistics(cycle, alpha)
+                cycle.syncs += 1
+            elif self.settings.nonfinite == "restore":
+                self._restore(moving)
+            self._begin_next(cycle)
+
+    def _make_ready(self) -> None:
+        """See that there are two sets, and which parameters they are of."""
         if self.holds == "slow":
             message = "sync() was called while the parameters hold the slow weights: leave use('slow') first."
             raise RuntimeError(message)
         self.go_on()
         self._tracked.update_if_other()
-        self._cycles.update(max(self.steps, self.settings.start_step))
-        own = {cycle: self._cycles.of(cycle, self._tracked.kept) for cycle in which()}
-        idle = self._tracked.idle
-        still = {  # of a cycle without a step nothing can be said of gradients
-            cycle: {p: slow for p, slow in kept.items() if p in idle} if idle and self._since(cycle) else {}
-            for cycle, kept in own.items()
-        }
-        moving = {
-            cycle: {p: slow for p, slow in kept.items() if p not in still[cycle]} if still[cycle] else kept
-            for cycle, kept in own.items()
-        }
-        pairs = {cycle: self._tracked.pairs(trained) for cycle, trained in moving.items()}
-        shared_on = parameters_of(self.optimizer)[0].device if self.sharded else None
-        finite = {
-            cycle: all_finite(paired, self.settings.nonfinite, self._name, shared_on=shared_on)
-            for cycle, paired in pairs.items()
-        }
-        if self._measure_distance:
-            self.last_distance = distance(self._tracked.kept, self._tracked.kept.values())
-        for cycle, trained in moving.items():
-            if finite[cycle]:
-                self._move(cycle, trained, pairs[cycle])
-            elif self.settings.nonfinite == "restore":
-                copy_(trained, trained.values())
-                self._momentum.forget(trained)  # what made the weights infinite is in there, too
-                if self.buffers is not None:
-                    copy_(self.buffers.live, self.buffers.kept)
-            copy_(still[cycle].values(), still[cycle])
-            cycle.begins = max(self.steps, self.settings.start_step)
-        self._tracked.idle = {**idle, **dict.fromkeys(parameter for kept in own.values() for parameter in kept)}
+        self._cycles.update(max(self.steps, self.settings.start_step), self._tracked.kept)
 
-    def _move(self, cycle: Cycle, trained: dict[Tensor, Tensor], pairs: Pairs) -> None:
-        alpha = self._step_size(cycle, trained)
-        if trained:  # not all frozen
-            self._tracked.sync(trained, pairs, alpha)
-            self._momentum.after_sync(trained, alpha)
+    def _idle_in(self, cycle: Cycle) -> Collection[Tensor]:
+        """Those that had no gradient in the cycle; of a cycle without a step nothing can be said of gradients."""
+        return self._tracked.idle if self._since(cycle) else ()
+
+    def _is_finite(self, moving: Moving) -> bool:
+        shared_on = parameters_of(self.optimizer)[0].device if self.sharded else None
+        return all_finite(moving, self.settings.nonfinite, self._name, shared_on=shared_on)
+
+    def _restore(self, moving: Moving) -> None:
+        copy_(moving.fast, moving.slow)
+        self._momentum.forget(moving.fast)  # what made the weights infinite is in there, too
+        if self.buffers is not None:
+            copy_(self.buffers.live, self.buffers.kept)
+
+    def _sync_statistics(self, cycle: Cycle, alpha: float) -> None:
+        """The optimizer's first group says when."""
         if self.buffers is not None and cycle is next(iter(self._cycles)) and not not_finite(self.buffers.live):
             self.buffers.sync(alpha)
-        cycle.syncs += 1
-        if trained:
-            self.last_alpha = alpha
 
-    def _step_size(self, cycle: Cycle, trained: dict[Tensor, Tensor]) -> float:
+    def _begin_next(self, cycle: Cycle) -> None:
+        still = {p: slow for p, slow in cycle.weights.items() if p in self._idle_in(cycle)}
+        copy_(still.values(), still)  # no step moved them: where they are is from outside, and belongs to both sets
+        cycle.begins = max(self.steps, self.settings.start_step)
+        self._tracked.idle.update(dict.fromkeys(cycle.weights))
+
+    def _step_size(self, cycle: Cycle, moving: Moving) -> float:
         adaptive = cycle.step_size
         if not isinstance(adaptive, AdaptiveAlpha):
-            return alpha_at(adaptive, cycle.syncs)
-        if not trained or (adaptive.needs_loss and self.loss is None):  # a sync that was due when the run was stopped
-            return adaptive.alpha_low
-        reduce = adaptive.needs_loss and isinstance(self._module, DistributedDataParallel)
-        return adaptive.step_size(self.optimizer, trained, self.loss, reduce=reduce)
+            alpha = alpha_at(adaptive, cycle.syncs)
+        elif not moving.fast or (adaptive.needs_loss and self.loss is None):  # due when the run was stopped
+            alpha = adaptive.alpha_low
+        else:
+            reduce = adaptive.needs_loss and isinstance(self._module, DistributedDataParallel)
+            weights = dict(zip(moving.fast, moving.slow, strict=True))
+            alpha = adaptive.step_size(self.optimizer, weights, self.loss, reduce=reduce)
+        if moving.fast:  # not all frozen
+            self.last_alpha = alpha
+        return alpha
 
     def _name(self, parameter: Tensor) -> str:
         for name, other in self._module.named_parameters() if self._module is not None else ():

@@ -274,7 +274,8 @@ def test_every_argument_has_help():
 def test_a_program_of_ones_own_takes_it():
     Path("train.py").write_text(
         "from lightning_lookahead import LookaheadCLI\nfrom cli_module import Data, Model\n"
-        "cli = LookaheadCLI(Model, Data, seed_everything_default=1)\nprint('trained', cli.trainer.callbacks[0].settings.k)\n"
+        "cli = LookaheadCLI(Model, Data, seed_everything_default=1)\n"
+        "print('trained', cli.trainer.callbacks[0].settings.k)\n"
     )
     program = [sys.executable, "train.py"]
     assert "trained 3\n" in start("fit", *QUIET, "--trainer.max_steps=4", "--lookahead.k=3", command=program).stdout

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_lookahead import SlowWeights, _pairs
+from lightning_lookahead import SlowWeights, _cpu_buckets
+from lightning_lookahead._algorithm import outer_step
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.complex64]
 shapes = st.lists(st.integers(0, 7), max_size=3).map(tuple)
@@ -48,9 +49,9 @@ def lines(tensors):
     st.floats(0.01, 1.0),
     st.fixed_dictionaries(
         {
-            "SMALL": st.sampled_from([1, 10, _pairs.SMALL]),
-            "JOINED": st.sampled_from([20, _pairs.JOINED]),
-            "BLOCK": st.sampled_from([2, _pairs.BLOCK]),
+            "SMALL": st.sampled_from([1, 10, _cpu_buckets.SMALL]),
+            "JOINED": st.sampled_from([20, _cpu_buckets.JOINED]),
+            "BLOCK": st.sampled_from([2, _cpu_buckets.BLOCK]),
         }
     ),
     st.sampled_from([1, 2]),
@@ -58,50 +59,52 @@ def lines(tensors):
 def test_joined_or_cut_a_sync_gives_the_same_bits(kinds, alpha, sizes, threads):
     with pytest.MonkeyPatch.context() as patch, using(threads):
         for name, size in sizes.items():
-            patch.setattr(_pairs, name, size)
+            patch.setattr(_cpu_buckets, name, size)
         start = [torch.randn(shape, dtype=dtype) for shape, dtype, _ in kinds]
         start = [t.T if turned and t.ndim == 2 else t for t, (_, _, turned) in zip(start, kinds, strict=True)]
-        slow = _pairs.side_by_side(start)
         fast = [torch.randn_like(tensor) for tensor in start]
-        expected = [torch.lerp(phi, theta, alpha) for phi, theta in zip(start, fast, strict=True)]
-        pairs = _pairs.Pairs(fast, slow)
-        assert pairs.not_finite() == []
-        pairs.sync(alpha)
-    for tensors in (slow, fast):
-        assert all(torch.equal(a, b) for a, b in zip(tensors, expected, strict=True))
+        expected = [torch.clone(tensor) for tensor in fast], [torch.clone(tensor) for tensor in start]
+        outer_step(*expected, alpha)
+        slow = [tensor.clone() for tensor in start]
+        buckets = _cpu_buckets.CpuBuckets.arranged(fast, slow)
+        assert buckets.not_finite() == []
+        outer_step(fast, slow, alpha, buckets=buckets)
+    for own, others in zip((fast, slow), expected, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(own, others, strict=True))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_copies_are_side_by_side_and_share_nothing_with_their_sources_or_each_other(dtype):
+def test_slow_weights_of_small_tensors_share_a_storage_and_nothing_else(dtype):
     joined = [(3,), (7,)], [(2, 2), (1, 2), (3, 2)], [(5, 1)]
-    apart = [(), (_pairs.SMALL + 1,), (0,)]
-    sources = [torch.randn(shape, dtype=dtype) for shapes in (*joined, apart) for shape in shapes]
-    made = _pairs.side_by_side(sources)
-    assert all(torch.equal(a, b) and a.stride() == b.stride() for a, b in zip(made, sources, strict=True))
-    assert all(end <= begin for (_, end), (begin, _) in pairwise(lines([*made, *sources])))
-    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in made}
-    assert sum(storages.values()) == sum(tensor.nbytes for tensor in sources)
+    apart = [(), (_cpu_buckets.SMALL + 1,), (0,)]
+    fast = [torch.randn(shape, dtype=dtype) for shapes in (*joined, apart) for shape in shapes]
+    slow = [tensor.clone() for tensor in fast]
+    _cpu_buckets.CpuBuckets(fast, slow)
+    assert all(torch.equal(a, b) and a.stride() == b.stride() for a, b in zip(slow, fast, strict=True))
+    assert all(end <= begin for (_, end), (begin, _) in pairwise(lines([*slow, *fast])))
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in slow}
+    assert sum(storages.values()) == sum(tensor.nbytes for tensor in fast)
     assert len(storages) == len(joined) + len(apart)
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("size", [1, 3, _pairs.SMALL, _pairs.SMALL + 1])
+@pytest.mark.parametrize("size", [1, 3, _cpu_buckets.SMALL, _cpu_buckets.SMALL + 1])
 def test_one_value_that_is_not_finite_is_found_wherever_it_is(value, dtype, size):
     fast = [torch.ones(size, dtype=dtype), torch.ones(2, dtype=dtype)]
-    slow = _pairs.side_by_side(fast)
+    slow = [tensor.clone() for tensor in fast]
     for index, tensor in enumerate(fast):
         before, tensor[-1] = tensor[-1].clone(), value
-        assert _pairs.Pairs(fast, slow).not_finite() == [index]
+        assert _cpu_buckets.CpuBuckets(fast, slow).not_finite() == [index]
         tensor[-1] = before
     fast[0][-1], fast[1][0] = value, -value
-    assert _pairs.Pairs(fast, slow).not_finite() == [0, 1]
+    assert _cpu_buckets.CpuBuckets(fast, slow).not_finite() == [0, 1]
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:4])
 def test_a_sum_that_overflows_is_no_value_that_is_not_finite(dtype):
     fast = [torch.full((4,), torch.finfo(dtype).max, dtype=dtype), torch.full((9000,), 100.0, dtype=dtype)]
-    assert _pairs.Pairs(fast, _pairs.side_by_side(fast)).not_finite() == []
+    assert _cpu_buckets.CpuBuckets(fast, [tensor.clone() for tensor in fast]).not_finite() == []
 
 
 def trained(*sizes):
@@ -120,10 +123,10 @@ def test_small_tensors_cost_no_operation_each_but_one_copy_together(count, shape
     slow.sync()
     with Ops() as ops:
         slow.sync()
-    rows = ops.counts["lerp_"]
-    assert rows == -(-count // (_pairs.JOINED // 40))
-    assert ops.counts["cat"] == ops.counts["sum"] == ops.counts["_foreach_copy_"] == rows
-    assert ops.counts.total() <= 4 * rows + 8  # the rest reads the sums
+    buckets = ops.counts["lerp_"]
+    assert buckets == -(-count // (_cpu_buckets.JOINED // 40))
+    assert ops.counts["cat"] == ops.counts["sum"] == ops.counts["_foreach_copy_"] == buckets
+    assert ops.counts.total() <= 4 * buckets + 8  # the rest reads the sums
 
 
 @pytest.mark.parametrize(
@@ -131,7 +134,7 @@ def test_small_tensors_cost_no_operation_each_but_one_copy_together(count, shape
     [(1, {"lerp_": 1 + 2 + 3, "copy_": 1 + 2 + 3}), (2, {"_foreach_lerp_": 1, "_foreach_copy_": 1})],
 )
 def test_large_tensors_are_read_once_to_look_and_moved_by_two_calls_or_two_for_each_block(threads, moves):
-    _, optimizer, slow = trained(_pairs.BLOCK, 2 * _pairs.BLOCK, 2 * _pairs.BLOCK + 1)
+    _, optimizer, slow = trained(_cpu_buckets.BLOCK, 2 * _cpu_buckets.BLOCK, 2 * _cpu_buckets.BLOCK + 1)
     optimizer.step()
     slow.sync()
     with Ops() as ops, using(threads):

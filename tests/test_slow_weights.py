@@ -363,7 +363,7 @@ def test_what_a_fused_kernel_skipped_is_read_once_in_a_cycle(monkeypatch):
         reads.append(len(steps))
         return read(tensor)
 
-    monkeypatch.setattr("lightning_lookahead._pairs.seem_finite", lambda _: True)  # which reads sums of weights
+    monkeypatch.setattr("lightning_lookahead._cpu_buckets.seem_finite", lambda _: True)  # which reads sums of weights
     monkeypatch.setattr(torch.Tensor, "item", item)
     for step in range(8):
         steps.append(step)
