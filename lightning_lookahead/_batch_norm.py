@@ -11,9 +11,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import update_bn
 
 from lightning_lookahead._batches import Given, check_repeatable, for_training, ready, stage
-from lightning_lookahead._buffers import check_statistics, statistics_of
 from lightning_lookahead._lightning import root_of
 from lightning_lookahead._sharding import entry, reshard
+from lightning_lookahead._statistics import check_statistics, statistics_of
 from lightning_lookahead._tensors import copies, copy_
 from lightning_lookahead._undisturbed import undisturbed
 

@@ -7,8 +7,12 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from lightning_lookahead._sharding import BackwardSeen
+
 if TYPE_CHECKING:
     from torch.optim import Optimizer
+
+    from lightning_lookahead._parameters import Parameters
 
 
 def is_rehearsal(optimizer: Optimizer) -> bool:
@@ -28,21 +32,6 @@ def is_rehearsal(optimizer: Optimizer) -> bool:
     return False
 
 
-def step_hooks_of(optimizer: Optimizer) -> list[object]:
-    """What is called before a step of this optimizer."""
-    return list(optimizer._optimizer_step_pre_hooks.values())
-
-
-def _calls_under_way(optimizer: Optimizer) -> int:
-    """How many calls of ``optimizer.step()`` are on the stack, as torch has wrapped them for its hooks."""
-    calls, frame = 0, sys._getframe()
-    while frame is not None:
-        if frame.f_code.co_name == "wrapper" and frame.f_locals.get("self") is optimizer:
-            calls += 1
-        frame = frame.f_back  # type: ignore[assignment]
-    return calls
-
-
 class InnerSteps:
     """Counts the real steps of one optimizer.
 
@@ -50,39 +39,59 @@ class InnerSteps:
     ``training_step`` returned None) or if a gradient scaler skipped it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, optimizer: Optimizer, parameters: Parameters) -> None:
+        self._optimizer = optimizer
         self._total = 0
         self._skipped: Tensor | None = None  # skipped inside fused kernels: summed on the device, not read yet
         self._depth = 0
         self._moves = False
+        self._backward = BackwardSeen.where_needed(parameters.module, parameters.listed)
 
-    def begin(self, optimizer: Optimizer, *, moves: bool) -> bool:
+    @property
+    def has_gradient(self) -> bool:
+        """Whether a parameter has a gradient."""
+        if self._backward is not None:
+            return self._backward.since_last
+        groups = self._optimizer.param_groups  # the first that has one ends it: no list is made in each step
+        return any(parameter.grad is not None for group in groups for parameter in group["params"])
+
+    def begin(self, *, moves: bool) -> bool:
         """Note that ``optimizer.step()`` begins; return whether no other call of it is under way.
 
         A subclass that calls ``super().step()`` fires the hooks of both classes. It is one step, which ends when the
         outermost call does.
 
         Args:
-            optimizer: The optimizer.
             moves: Whether there is a gradient already that it can move weights with: no closure will compute it.
         """
         if self._depth:
-            self._depth = _calls_under_way(optimizer) - 1  # a call that raised has not ended
+            self._depth = self._calls_under_way() - 1  # a call that raised has not ended
         self._depth += 1
         if self._depth == 1:
             self._moves = moves
         return self._depth == 1
 
-    def end(self, optimizer: Optimizer, *, moved: bool) -> bool:
+    def _calls_under_way(self) -> int:
+        """How many calls of ``optimizer.step()`` are on the stack, as torch has wrapped them for its hooks."""
+        calls, frame = 0, sys._getframe()
+        while frame is not None:
+            if frame.f_code.co_name == "wrapper" and frame.f_locals.get("self") is self._optimizer:
+                calls += 1
+            frame = frame.f_back  # type: ignore[assignment]
+        return calls
+
+    def end(self) -> bool:
         """Note that ``optimizer.step()`` ends; count it if it moved weights, and return whether it did."""
         self._depth = max(self._depth - 1, 0)
-        self._moves = self._moves or moved  # an inner call's gradients may be cleared before the outermost one ends
+        self._moves = self._moves or self.has_gradient  # an inner call's may be cleared before the outermost one ends
+        if self._backward is not None:
+            self._backward.since_last = False
         if self._depth or not self._moves:
             return False
         self._moves = False
         self._total += 1
         # A fused optimizer skips inside its kernel. The flag stays on the device: to read it here would be to wait.
-        found_inf: Tensor | None = getattr(optimizer, "found_inf", None)
+        found_inf: Tensor | None = getattr(self._optimizer, "found_inf", None)
         if found_inf is not None:
             skipped = (found_inf > 0).to(found_inf.dtype)
             self._skipped = skipped if self._skipped is None else self._skipped + skipped
@@ -114,3 +123,8 @@ class InnerSteps:
         """Go on from a saved count."""
         self._skipped = None
         self._total = total
+
+    def close(self) -> None:
+        """Look at no more backward passes."""
+        if self._backward is not None:
+            self._backward.close()

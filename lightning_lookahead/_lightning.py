@@ -16,7 +16,7 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, cast
 
 from lightning_lookahead._names import names_in
-from lightning_lookahead._tracked import parameters_of
+from lightning_lookahead._parameters import parameters_of
 
 if TYPE_CHECKING or "pytorch_lightning" not in sys.modules or "lightning.pytorch" in sys.modules:
     from lightning.fabric.utilities.data import sized_len
@@ -46,6 +46,7 @@ __all__ = [
     "CombinedLoader",
     "DummyLogger",
     "callbacks_of",
+    "check_sharded_options",
     "check_trainer",
     "datamodule_of",
     "is_a",
@@ -181,3 +182,11 @@ def log_to_loggers(trainer: Trainer, values: dict[str, float]) -> None:
         return
     for logger in trainer.loggers:
         logger.log_metrics(values, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+
+def check_sharded_options(**options: object) -> None:
+    """Raise if an option is set that looks at all of the weights, where each rank has a piece of them only."""
+    for name, value in options.items():
+        if value:
+            message = f"{name}={value!r} does not work with a strategy that shards the weights: leave it out."
+            raise ValueError(message)

@@ -29,10 +29,10 @@ def state_dict_of_slow(
     if any(slow.sharded for slow in slow_weights):
         return None
     state_dict = module_state_dict()
-    pairs = [pair for slow in slow_weights if slow.holds == "fast" for pair in slow.values("slow").items()]
+    pairs = [pair for slow in slow_weights if slow.active == "fast" for pair in slow.values("slow").items()]
     for slow in slow_weights:
-        if slow.buffers is not None and slow.holds == "fast":
-            pairs += zip(slow.buffers.live, slow.buffers.kept, strict=True)
+        if slow.active == "fast":
+            pairs += zip(slow.statistics.live, slow.statistics.kept, strict=True)
     by_place = {place(fast): (fast.dtype, phi) for fast, phi in pairs if fast.numel()}
     missing = set(by_place)
     for name, value in state_dict.items():

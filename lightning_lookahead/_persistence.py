@@ -2,33 +2,46 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
+import weakref
 from dataclasses import dataclass, field
-from itertools import chain, repeat
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lightning_lookahead._checks import check_entries, check_state, check_sums
 from lightning_lookahead._names import names_in
-from lightning_lookahead._saved_format import OTHER, Weights, joined, slow_dtype, without_words, word_key, words
+from lightning_lookahead._saved_format import (
+    OTHER,
+    Weights,
+    check_entries,
+    check_state,
+    check_sums,
+    joined,
+    slow_dtype,
+    without_words,
+    word_key,
+    words,
+)
 from lightning_lookahead._settings import dtype_of
 from lightning_lookahead._sharding import named_shards, pieces
 from lightning_lookahead._tensors import checksum, copies, copy_, equal, local
-from lightning_lookahead._tracked import parameters_of
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
     from torch import Tensor, nn
-    from torch.optim import Optimizer
 
-    from lightning_lookahead._buffers import SlowBuffers
     from lightning_lookahead._cycles import Cycles
-    from lightning_lookahead._inner_steps import InnerSteps
+    from lightning_lookahead._parameters import Parameters
     from lightning_lookahead._settings import Settings
-    from lightning_lookahead._tracked import Tracked
+    from lightning_lookahead._statistics import SlowStatistics
+    from lightning_lookahead._weight_pairs import WeightPairs
     from lightning_lookahead.momentum import Momentum
+
+
+Entries = dict[str, dict["Tensor", "Tensor"]]
+"""Name of an entry -> parameter -> value."""
 
 
 @dataclass
@@ -84,136 +97,119 @@ class Pending:
 
 
 class Persistence:
-    """Saves and restores the second set of weights of one optimizer, with the counts of its cycles.
+    """Saves and restores one outer loop: the set of weights that the model's own ``state_dict`` lacks, and the counts.
 
     Args:
-        optimizer: The optimizer.
         settings: What the outer loop was told.
-        tracked: The parameters with their second tensors.
-        cycles: The counts since the last sync.
-        inner_steps: The counts since the start.
+        parameters: What the parameters are called, and whether they are sharded.
+        pairs: The two sets of weights.
+        cycles: The counts.
         momentum: The inner momentum after the last sync.
-        buffers: Slow BatchNorm statistics, if there are any.
-        module: The module that gives parameters their names; without one they go by their place in the optimizer.
-        sharded: Whether the parameters are spread over ranks; ``module`` is then the one whose shards they are.
+        statistics: Slow BatchNorm statistics.
         model_weights: The set that the model's own ``state_dict`` holds; ``None``: that which the parameters hold.
+
+    Attributes:
+        pending: What was loaded and waits: the model may be loaded after it.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0917 (the parts of one outer loop)
         self,
-        optimizer: Optimizer,
         settings: Settings,
-        *,
-        tracked: Tracked,
+        parameters: Parameters,
+        pairs: WeightPairs,
         cycles: Cycles,
-        inner_steps: InnerSteps,
         momentum: Momentum,
-        buffers: SlowBuffers | None,
-        module: nn.Module | None,
-        sharded: bool,
+        statistics: SlowStatistics,
         model_weights: Weights | None,
     ) -> None:
         self.pending: Pending | None = None
-        self._optimizer, self._settings = optimizer, settings
-        self._tracked = tracked
-        self._cycles = cycles
-        self._inner_steps = inner_steps
-        self._momentum = momentum
-        self._buffers = buffers
-        self._module = module
-        self._sharded = sharded
-        self._model_weights = model_weights
+        self._settings, self._parameters, self._pairs, self._cycles = settings, parameters, pairs, cycles
+        self._momentum, self._statistics, self._model_weights = momentum, statistics, model_weights
 
     @property
     def saved_with(self) -> Weights:
         """The set that the model's own ``state_dict`` holds."""
-        return self._model_weights or self._tracked.holds
-
-    def names(self) -> dict[Tensor, str]:
-        """What each parameter of the optimizer goes by: its name in the module, or its place in the optimizer."""
-        known = names_in(self._module) if self._module is not None else {}
-        listed = enumerate(parameters_of(self._optimizer))
-        return {parameter: known[parameter][0] if parameter in known else f"[{at}]" for at, parameter in listed}
+        return self._model_weights or self._pairs.active
 
     # -- saving
 
     def counters(self) -> dict[str, Any]:
         """Settings and counts: the state without a tensor."""
-        first, *others = [
-            {"steps_since_sync": max(self._inner_steps.total - cycle.begins, 0), "syncs": cycle.syncs}
-            for cycle in self._cycles
-        ]
+        trained, idle = self._pairs.counterparts, self._pairs.idle
+        names = self._parameters.names()
         return {
             **self._settings.saved(),
-            "steps": self._inner_steps.total,
-            **first,
-            **({"groups": others} if others else {}),
-            "trained": self._listed(self._tracked.kept),
-            "idle": None if len(self._tracked.idle) == len(self._tracked.kept) else self._listed(self._tracked.idle),
+            **self._cycles.counters(),
+            "trained": [names[p] for p in trained],
+            "idle": None if len(idle) == len(trained) else [names[p] for p in idle],
             "saved_with": self.saved_with,
         }
 
-    def _listed(self, parameters: Iterable[Tensor]) -> list[str]:
-        names = self.names()
-        return [names[parameter] for parameter in parameters]
+    def adopt(self) -> None:
+        """Right after a sync, let both sets have what was written into the parameters from outside since."""
+        self.place()
+        if self._pairs.active == "fast" and not self._cycles.begun():
+            self._pairs.adopt()
 
-    def _of_names(self, listed: Collection[str]) -> list[Tensor]:
-        return [parameter for parameter, name in self.names().items() if name in listed]
-
-    def state_dict(self, *, whole: bool, lean: bool) -> dict[str, Any]:
+    def state_dict(self, *, whole: bool, lean: bool = False) -> dict[str, Any]:
         """The state of the outer loop, see `lightning_lookahead._saved_format`. No tensor of it is a live one.
 
         Args:
             whole: Of sharded weights, gather whole tensors on the first rank; by default each rank has its shards.
-            lean: Leave out what the model's own ``state_dict`` gives: right after a sync that is all of it.
+            lean: Leave out what the model's own ``state_dict`` gives, if it is one file: right after a sync that is all
+                of it.
         """
-        state = self.counters()
+        self.adopt()
+        lean = lean and not self._parameters.sharded
         weights = self._weights(lean=lean)
         momentum = {name: dict(values) for name, values in self._momentum.previous.items()}
         if not lean:
-            kept = self._tracked.kept
             momentum = {
-                name: {p: momentum.get(name, {}).get(p, torch.zeros_like(p)) for p in kept}
+                name: {p: momentum.get(name, {}).get(p, torch.zeros_like(p)) for p in self._pairs.counterparts}
                 for name in self._momentum.names
             }
-        if self._sharded and self._module is not None:
-            state["weights"] = self._shards(weights, whole=whole)
-            state["momentum"] = self._shards(momentum, whole=whole)
-            state["checksums"] = {}
-        else:
-            names = self.names()
-            for part, entries in (("weights", weights), ("momentum", momentum)):
-                state[part] = {
-                    entry: dict(zip(map(names.get, values), copies(values.values()), strict=True))
-                    for entry, values in entries.items()
-                }
-            beside = self._tracked.values(self.saved_with)
-            sums = {
-                which: {name: checksum(value) for name, value in own.items()} for which, own in state["weights"].items()
-            }
-            sums[self.saved_with] = {name: checksum(beside.get(p, p).to(p.dtype)) for p, name in names.items()}
-            state["checksums"] = sums
-        if self._buffers is not None:
+        by_name = self._shards(weights, momentum, whole=whole) if self._parameters.sharded else {}
+        state = {**self.counters(), **(by_name or self._named(weights, momentum))}
+        if self._statistics.names:
             other = OTHER[self.saved_with]
-            statistics = self._buffers.live if other == self._tracked.holds else self._buffers.kept
-            state["statistics"] = {other: dict(zip(self._buffers.names, copies(statistics), strict=True))}
+            held = dict(zip(self._statistics.names, copies(self._statistics.live), strict=True))
+            state["statistics"] = {other: held if other == self._pairs.active else self._statistics.counterparts()}
         return {name: value for name, value in state.items() if value or name not in {"momentum", "weights"}}
 
-    def _weights(self, *, lean: bool) -> dict[str, dict[Tensor, Tensor]]:
-        beside = self._tracked.values(self.saved_with)
-        entries: dict[str, dict[Tensor, Tensor]] = {}
+    def _weights(self, *, lean: bool) -> Entries:
+        beside = self._pairs.values(self.saved_with)
+        entries: Entries = {}
         for which in OTHER:
-            own = self._tracked.values(which)
+            own = self._pairs.values(which)
             if lean:
                 own = {p: value for p, value in own.items() if not _agree(value, beside[p].to(p))}
             elif which == self.saved_with:  # slow weights that the model cannot hold without rounding
-                own = {p: value for p, value in own.items() if self._tracked.is_apart(p) and which == "slow"}
+                own = {p: value for p, value in own.items() if self._pairs.is_apart(p) and which == "slow"}
             if own:
                 entries[which] = own
         return entries
 
-    def _shards(self, entries: Mapping[str, Mapping[Tensor, Tensor]], *, whole: bool) -> dict[str, dict[str, Any]]:
-        assert self._module is not None  # noqa: S101 (asked for where the weights are sharded)
+    def _named(self, weights: Entries, momentum: Entries) -> dict[str, Any]:
+        names, beside = self._parameters.names(), self._pairs.values(self.saved_with)
+        named = {
+            part: {
+                entry: dict(zip(map(names.__getitem__, values), copies(values.values()), strict=True))
+                for entry, values in entries.items()
+            }
+            for part, entries in (("weights", weights), ("momentum", momentum))
+        }
+        sums = {which: {n: checksum(value) for n, value in own.items()} for which, own in named["weights"].items()}
+        sums[self.saved_with] = {name: checksum(beside.get(p, p).to(p.dtype)) for p, name in names.items()}
+        return {**named, "checksums": sums}
+
+    def _shards(self, weights: Entries, momentum: Entries, *, whole: bool) -> dict[str, Any]:
+        return {
+            "weights": self._cut(weights, whole=whole),
+            "momentum": self._cut(momentum, whole=whole),
+            "checksums": {},
+        }
+
+    def _cut(self, entries: Entries, *, whole: bool) -> dict[str, dict[str, Any]]:
         found: dict[str, dict[str, Any]] = {}
         for entry, values in entries.items():
             cut = {p: words(local([value])[0], p.dtype) for p, value in values.items()}
@@ -221,44 +217,65 @@ class Persistence:
                 found[word_key(entry, index)] = named_shards(self._module, level, whole=whole)
         if not whole:
             return found
-        dtypes = {name: slow_dtype(word.dtype, self._tracked.dtype) for name, word in found.get("slow", {}).items()}
+        dtypes = {name: slow_dtype(word.dtype, self._pairs.dtype) for name, word in found.get("slow", {}).items()}
         return without_words(found, dtypes)
+
+    @property
+    def _module(self) -> nn.Module:
+        assert self._parameters.module is not None  # noqa: S101 (there is one where the weights are sharded)
+        return self._parameters.module
 
     # -- loading
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take the counts; what is tensors becomes `pending`.
+    def load_state_dict(self, state: dict[str, Any], model: Mapping[str, Any] | None = None) -> None:
+        """Take the counts; what is tensors becomes `pending`, and takes its place if the model is there.
+
+        Args:
+            state: What `state_dict` returned.
+            model: The model's ``state_dict`` that was saved with it and has been loaded, if it is at hand.
 
         Raises:
             ValueError: If the state is damaged or of another model; nothing is changed then.
         """
         check_state(state)
-        pending = self._by_piece(state) if self._sharded else self._by_parameter(state)
-        pending.statistics = self._statistics(state.get("statistics", {}))
-        self._inner_steps.restore(state["steps"])
-        self._tracked.update_if_more()
-        self._cycles.update(max(state["steps"], self._settings.start_step), self._tracked.kept)
-        new = {"steps_since_sync": 0, "syncs": 0}  # of groups that were added since
-        for cycle, saved in zip(self._cycles, chain([state, *state.get("groups", [])], repeat(new)), strict=False):
-            cycle.begins = max(state["steps"] - saved["steps_since_sync"], self._settings.start_step)
-            cycle.syncs = saved["syncs"]
-        pending.trained = self._of_names(set(state.get("trained") or []))
-        idle = state.get("idle", [])
-        pending.idle = None if idle is None else self._of_names(set(idle))
+        pending = self._by_piece(state) if self._parameters.sharded else self._by_parameter(state)
+        pending.statistics = self._saved_statistics(state.get("statistics", {}))
+        self._pairs.track_new()
+        self._cycles.restore(state, self._pairs.counterparts)
+        pending.trained = self._of_names(state.get("trained") or [])
+        pending.idle = None if state.get("idle", []) is None else self._of_names(state.get("idle", []))
+        if model is not None:
+            self._compare(pending, model)
         self.pending = pending
+        self._pairs.end_swap()
+        if self.waits:  # the model was loaded before
+            self.place()
 
-    def compare(self, state_dict: Mapping[str, Any]) -> None:
+    @property
+    def waits(self) -> bool:
+        """Whether something was loaded that waits for the model to be loaded, too, and now can take its place."""
+        return self.pending is not None and self.pending.fits
+
+    def when_loaded(self) -> None:
+        """Put what waits for the model in its place: the model was loaded just now, its statistics, too."""
+        if self.pending is not None:
+            self.pending.placed = False
+        if self.waits:
+            self.place()
+
+    def _of_names(self, listed: Collection[str]) -> list[Tensor]:
+        wanted = set(listed)
+        return [parameter for parameter, name in self._parameters.names().items() if name in wanted]
+
+    def _compare(self, pending: Pending, model: Mapping[str, Any]) -> None:
         """Note what the model's ``state_dict``, which has been read with the pending state, has for each parameter.
 
         That tells what was changed after it was read also where the module rounds or converts what it loads.
         """
-        pending = self.pending
-        if pending is None or not pending.checksums:
-            return
         moved = pending.parameters
-        for parameter, name in self.names().items():
-            value = state_dict.get(name)
-            if isinstance(value, torch.Tensor) and parameter in pending.checksums:
+        for parameter, name in self._parameters.names().items():
+            value = model.get(name)
+            if isinstance(value, torch.Tensor) and pending.checksums and parameter in pending.checksums:
                 saved = pending.checksums.pop(parameter)
                 if parameter in moved and checksum(value) != saved:
                     pending.changed.add(parameter)
@@ -266,7 +283,7 @@ class Persistence:
                     pending.loaded[parameter] = value
 
     def _by_parameter(self, state: dict[str, Any]) -> Pending:
-        parameters = {name: parameter for parameter, name in self.names().items()}
+        parameters = {name: parameter for parameter, name in self._parameters.names().items()}
         pending = Pending(state["steps"] > self._settings.start_step)
         chosen = dtype_of(state.get("slow_dtype"))
         dtypes = {name: slow_dtype(parameter.dtype, chosen) for name, parameter in parameters.items()}
@@ -295,17 +312,15 @@ class Persistence:
 
     def _pieces_in(self, levels: list[Mapping[str, Any]]) -> list[Tensor]:
         """The parameters that an entry has a value for; a flat parameter of FSDP1 is several."""
-        assert self._module is not None  # noqa: S101 (given where the weights are sharded)
         names = names_in(self._module)
         return [
             p
-            for p in parameters_of(self._optimizer)
+            for p in self._parameters.listed
             if getattr(p, "_is_flat_param", False) or not set(names.get(p, [])).isdisjoint(levels[0])
         ]
 
     def _pieces(self, levels: Sequence[Mapping[str, Any]], base: Mapping[Tensor, Tensor]) -> dict[Tensor, Tensor]:
         """What this rank has: of whole tensors, of shards, or of shards that were cut into words."""
-        assert self._module is not None  # noqa: S101
         whole = not any(_is_shard(value) for level in levels for value in level.values())
         if whole:
             names = names_in(self._module)
@@ -322,33 +337,53 @@ class Persistence:
                 found[p].append(piece)
         return {p: joined(parts, base[p].dtype) for p, parts in found.items()}
 
-    def _statistics(self, saved: Mapping[str, Mapping[str, Tensor]]) -> dict[str, list[Tensor]]:
-        if self._buffers is None:
-            return {}
-        names = self._buffers.names
+    def _saved_statistics(self, saved: Mapping[str, Mapping[str, Tensor]]) -> dict[str, list[Tensor]]:
+        names = self._statistics.names
         return {
             which: [values[name] for name in names]
             for which, values in saved.items()
-            if all(name in values for name in names)
+            if names and all(name in values for name in names)
         }
 
-    def place(self) -> None:
-        """Put what was loaded in its place, again if the model was loaded since; phi is where the parameters are, else.
+    # -- into place
 
-        It stays pending until training goes on.
+    def place(self) -> None:
+        """Make both sets what they have to be before anything looks at them or moves them.
+
+        What was loaded takes its place, again if the model was loaded since. It stays pending until training goes on.
+        Until training has begun phi is where the parameters are.
         """
         pending = self.pending
-        if pending is None or (pending.placed and pending.in_place):
+        if self._pairs.active == "slow" or (self._pairs.begun and pending is None):
             return
+        self._parameters.reshard()
+        if pending is not None and not (pending.placed and pending.in_place):
+            self._put(pending)
+        if pending is None or not pending.begun:
+            self._pairs.track_replaced()
+            self._pairs.start()
+            self._statistics.start()
+
+    def let_go(self, *, begins: bool = False) -> None:
+        """Say that all is loaded: from here on the weights are moved.
+
+        Args:
+            begins: Whether the first cycle begins.
+        """
+        pending, self.pending = self.pending, None
+        self._pairs.begun = self._pairs.begun or begins or (pending is not None and pending.begun)
+
+    def _put(self, pending: Pending) -> None:
         pending.placed = True
         copy_(pending.loaded, pending.loaded.values())
         # Also what is frozen now: it was trained when it was saved.
-        self._tracked.update({*pending.parameters, *pending.trained})
-        self._cycles.update(max(self._inner_steps.total, self._settings.start_step), self._tracked.kept)
-        self._tracked.start()
-        self._tracked.begun = pending.begun
+        self._pairs.track({*pending.parameters, *pending.trained})
+        self._cycles.update(self._pairs.counterparts)
+        self._pairs.start()
+        self._pairs.begun = pending.begun
+        kept = self._pairs.counterparts
         if pending.idle is not None:
-            self._tracked.idle = dict.fromkeys(p for p in pending.idle if p in self._tracked.kept)
+            self._pairs.idle = dict.fromkeys(p for p in pending.idle if p in kept)
         self._momentum.restore(pending.momentum)
         pending.left_out = changed = pending.unlike()
         if changed:
@@ -358,18 +393,52 @@ class Persistence:
                 " weights both start from the values loaded."
             )
             warnings.warn(message, stacklevel=2)
-        kept = self._tracked.kept
         places = {"fast": {p: p for p in kept}, "slow": kept}
         for which, values in pending.weights.items():
             own = [p for p in values if p in kept and p not in changed]
             if which == "fast" or pending.begun:  # before that phi is theta
                 copy_([places[which][p] for p in own], [values[p] for p in own])
-        if not pending.begun:
-            self._tracked.start()
-        if self._buffers is not None:
-            self._buffers.start()
-            for which, statistics in pending.statistics.items() if pending.begun else ():
-                copy_(self._buffers.live if which == "fast" else self._buffers.kept, statistics)
+        self._statistics.start()
+        for which, statistics in pending.statistics.items() if pending.begun else ():
+            copy_(self._statistics.live if which == "fast" else self._statistics.kept, statistics)
+
+
+class Shards(dict[str, Any]):
+    """The state of sharded weights. One rank's shards, pickled alone, would be a file that nothing can go on from."""
+
+    def __reduce_ex__(self, _: object) -> tuple[Any, ...]:
+        message = (
+            "SlowWeights.state_dict() holds this rank's shards, for torch.distributed.checkpoint: to pickle, as"
+            " Fabric.save does on one rank, give it SlowWeights.state_dict(whole=True)."
+        )
+        raise TypeError(message)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Shards:
+        return Shards({key: copy.deepcopy(value, memo) for key, value in self.items()})
+
+
+class WhenLoaded:
+    """Tells a `Persistence` that its module was loaded; nothing, where module or hook have been copied or pickled."""
+
+    def __init__(self, persistence: Persistence) -> None:
+        self._persistence = weakref.ref(persistence)
+
+    def __call__(self, *_: object) -> None:
+        """Put what waits in its place."""
+        persistence = self._persistence()
+        if persistence is not None:
+            persistence.when_loaded()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _no_one_is_told, ()
+
+
+def _no_one_is_told() -> Callable[..., None]:
+    return _nothing
+
+
+def _nothing(*_: object) -> None:
+    pass
 
 
 def _agree(value: Tensor, other: Tensor) -> bool:

@@ -31,9 +31,12 @@ one file. In a folder of shards it lies in the state of the first optimizer unde
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
+
+from lightning_lookahead._settings import dtype_of
+from lightning_lookahead._tensors import checksum
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -97,6 +100,112 @@ def slow_dtype(dtype: torch.dtype, chosen: torch.dtype | None) -> torch.dtype:
     if not dtype.is_floating_point:
         return dtype
     return chosen or torch.promote_types(dtype, torch.float32)
+
+
+# -- what is refused
+
+
+def check_weights(weights: str, argument: str = "weights") -> None:
+    """Raise unless ``weights`` is ``"slow"`` or ``"fast"``."""
+    if weights not in get_args(Weights):
+        message = f"{argument}={weights!r} is unknown: give 'slow' (phi) or 'fast' (theta)."
+        raise ValueError(message)
+
+
+def check_saved(state: object, where: object = "The checkpoint") -> None:
+    """Raise unless this is what a callback of this version has saved."""
+    version = state.get("lookahead_version") if isinstance(state, dict) else None
+    if not isinstance(state, dict) or version != VERSION:
+        message = (
+            f"{where} has Lookahead state of version {version!r}; this package reads version {VERSION}. Take the"
+            " version of lightning-lookahead that saved it, or a newer one."
+        )
+        raise ValueError(message)
+    if not isinstance(state.get("optimizers"), list):
+        message = f"{where} has damaged Lookahead state: its counters ('optimizers') are missing."
+        raise ValueError(message)  # noqa: TRY004 (it comes from a file)
+    for counters in state["optimizers"]:
+        check_state(counters)
+    check_weights(state.get("eval_weights", "(missing)"), f"{where}: eval_weights")
+
+
+def check_state(state: object) -> None:
+    """Raise unless this is the state of one outer loop: counts that fit together, tensors where there may be some."""
+    if not isinstance(state, dict):
+        message = f"The saved Lookahead state is {state!r}; it must be a dict of steps, steps_since_sync and syncs."
+        raise ValueError(message)  # noqa: TRY004 (it comes from a file)
+    for name in ("steps", "steps_since_sync", "syncs"):
+        value = state.get(name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            message = f"state_dict[{name!r}] is {value!r}; it must be an integer of at least 0."
+            raise ValueError(message)
+    groups = state.get("groups", [])
+    if not isinstance(groups, list) or not all(_is_group(group, state["steps"]) for group in groups):
+        message = f"state_dict['groups'] is {groups!r}; it must be a list of dicts of steps_since_sync and syncs."
+        raise ValueError(message)
+    since, total = state["steps_since_sync"], state["steps"]
+    if since > total:
+        message = f"state_dict has steps_since_sync={since} and steps={total}; it cannot be more."
+        raise ValueError(message)
+    for key in ("trained", "idle"):
+        _check_names(key, state.get(key))
+    check_weights(state.get("saved_with", "slow"), "state_dict['saved_with']")
+    dtype_of(state.get("slow_dtype"))
+    for part in TENSORS:
+        entries = state.get(part, {})
+        if not isinstance(entries, dict) or not all(_are_tensors(values) for values in entries.values()):
+            message = f"state_dict[{part!r}] is damaged: it must be a dict of dicts of tensors."
+            raise ValueError(message)
+    sums = state.get("checksums", {})
+    if not isinstance(sums, dict) or not all(_are_integers(values) for values in sums.values()):
+        message = "state_dict['checksums'] is damaged: it must be a dict of dicts of integers."
+        raise ValueError(message)
+
+
+def _check_names(key: str, names: object) -> None:
+    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        message = f"state_dict[{key!r}] is {names!r}; it must be a list of names of parameters, or None."
+        raise ValueError(message)
+
+
+def _is_group(group: object, total: int) -> bool:
+    if not isinstance(group, dict):
+        return False
+    since, syncs = group.get("steps_since_sync"), group.get("syncs")
+    return (
+        type(since) is int and 0 <= since <= total and type(syncs) is int and syncs >= 0
+    )  # `sync_now()` takes no step
+
+
+def _are_tensors(values: object) -> bool:
+    return isinstance(values, dict) and all(
+        hasattr(value, "shape") or hasattr(value, "local_shards") for value in values.values()
+    )
+
+
+def _are_integers(values: object) -> bool:
+    return isinstance(values, dict) and all(type(value) is int for value in values.values())
+
+
+def check_entries(entry: str, values: dict[str, Tensor], parameters: dict[str, Tensor]) -> None:
+    """Raise unless the values that were saved have the shapes of the parameters of their names."""
+    for name, value in values.items():
+        if name in parameters and tuple(value.shape) != tuple(parameters[name].shape):
+            message = (
+                f"The checkpoint has {entry} weights of shape {tuple(value.shape)} for parameter {name!r} of shape"
+                f" {tuple(parameters[name].shape)}: it is of another model. Load it into the model that it was saved"
+                " from, or start a new run from its weights alone."
+            )
+            raise ValueError(message)
+
+
+def check_sums(entries: dict[str, dict[str, Tensor]], sums: dict[str, dict[str, int]]) -> None:
+    """Raise if a weight does not have the checksum that it was saved with."""
+    for entry, values in entries.items():
+        for name, value in values.items():
+            if name in sums.get(entry, {}) and checksum(value) != sums[entry][name]:
+                message = f"The {entry} weights of {name!r} are not those that were saved: the file is damaged."
+                raise ValueError(message)
 
 
 # -- version 1: the other set was in the optimizers' states, as entries of these names

@@ -11,12 +11,20 @@ import torch
 from typing_extensions import override
 
 from lightning_lookahead._batch_norm import Recalibration
-from lightning_lookahead._checks import check_saved, check_weights
 from lightning_lookahead._lightning import Callback, writes_folders
 from lightning_lookahead._module_state import state_dict_of_slow
 from lightning_lookahead._names import names_in
 from lightning_lookahead._pruned import make_permanent
-from lightning_lookahead._saved_format import OTHER, SHARDS, TENSORS, VERSION, Weights, upgrade
+from lightning_lookahead._saved_format import (
+    OTHER,
+    SHARDS,
+    TENSORS,
+    VERSION,
+    Weights,
+    check_saved,
+    check_weights,
+    upgrade,
+)
 from lightning_lookahead._settings import warn_of_differences
 from lightning_lookahead._sharding import detach_aliases
 from lightning_lookahead._shards import load_folder
@@ -156,16 +164,16 @@ class SavingCallback(Callback):
         # The strategy has gone on to another fit, without this callback, or other weights were loaded into the module.
         if not self._serves(strategy.optimizers) or self.others_loaded:
             return original()
-        if self.eval_weights == "fast" and all(slow.holds == "fast" for slow in self.slow_weights):
+        if self.eval_weights == "fast" and all(slow.active == "fast" for slow in self.slow_weights):
             return original()
         for slow in self.slow_weights:
-            slow.adopt()
+            slow.persistence.adopt()
         state_dict = None
         if self.eval_weights == "slow" and not self._recalibration.kept:
             state_dict = state_dict_of_slow(original, self.slow_weights)
         if state_dict is None:
             # Sharded, left out, computed from the parameters or swapped: then the weights have to be there for it.
-            other = [slow for slow in self.slow_weights if slow.holds != self.eval_weights and slow.buffers is not None]
+            other = [slow for slow in self.slow_weights if slow.active != self.eval_weights]
             with ExitStack() as stack:
                 for slow in self.slow_weights:
                     stack.enter_context(slow.use(self.eval_weights, statistics=False))
@@ -173,7 +181,7 @@ class SavingCallback(Callback):
                 state_dict = original()
                 detach_aliases(state_dict)
             # The module's own statistics are not written to: a backward may be to come that would notice.
-            for name, value in (pair for slow in other for pair in slow.other_statistics().items()):
+            for name, value in (pair for slow in other for pair in slow.statistics.counterparts().items()):
                 if name in state_dict:
                     state_dict[name] = value.to(state_dict[name].device)
         return state_dict
@@ -209,7 +217,7 @@ class SavingCallback(Callback):
         state = {
             "lookahead_version": VERSION,
             **self._settings(),
-            "optimizers": [slow.counters() for slow in self.slow_weights],
+            "optimizers": [slow.persistence.counters() for slow in self.slow_weights],
             "aliases": self._aliases,
         }
         return state if self.monitor is None else {**state, "monitor": self.monitor.state_dict()}
@@ -226,7 +234,7 @@ class SavingCallback(Callback):
             return
         folder = writes_folders(trainer.strategy)
         with self._recalibration.undone():
-            states = [slow.lean_state_dict(whole=not folder) for slow in self.slow_weights]
+            states = [slow.persistence.state_dict(whole=not folder, lean=True) for slow in self.slow_weights]
         if folder:
             # What is written by each rank is the module's state and the optimizers': there, torch looks for nothing of
             # this name.
@@ -247,10 +255,10 @@ class SavingCallback(Callback):
         """
         if self._in_batch or any(slow.sharded for slow in self.slow_weights):
             return
-        self._shown = [slow for slow in self.slow_weights if slow.counting and slow.holds != self.eval_weights]
+        self._shown = [slow for slow in self.slow_weights if slow.counting and slow.active != self.eval_weights]
         live = {place(value): p for slow in self._shown for p, value in slow.values(self.eval_weights).items()}
         for slow in self._shown:
-            slow.put(self.eval_weights)
+            slow.swap_to(self.eval_weights)
         for name, value in state_dict.items():
             parameter = live.get(place(value)) if isinstance(value, torch.Tensor) else None
             if parameter is not None:
@@ -260,7 +268,7 @@ class SavingCallback(Callback):
     def _end_showing(self) -> None:
         shown, self._shown = self._shown, []
         for slow in shown:
-            slow.put(OTHER[self.eval_weights])
+            slow.swap_to(OTHER[self.eval_weights])
         for state_dict, name, value in self._replaced:
             state_dict[name] = value
         self._replaced = []
@@ -302,5 +310,5 @@ class SavingCallback(Callback):
             )
             raise ValueError(message)
         for slow, state in zip(self.slow_weights, self._restored, strict=False):
-            slow.load_state_dict(state, self._restored_model, compare=False)  # the callback's are the same settings
+            slow.persistence.load_state_dict(state, self._restored_model)  # whose settings are those of the callback
         self._restored, self._restored_model = [], {}

@@ -146,13 +146,13 @@ class BackwardSeen:
         own = [f for f in flat if any(p is mine for p in f._params or [] for mine in parameters)]
         self._hooks = [f.register_hook(self._note) for f in own]  # type: ignore[no-untyped-call]
 
-    @staticmethod
-    def needed(module: nn.Module | None, parameters: Collection[Tensor]) -> bool:
-        """Whether this rank has no piece of any of the parameters."""
+    @classmethod
+    def where_needed(cls, module: nn.Module | None, parameters: Collection[Tensor]) -> BackwardSeen | None:
+        """One, if this rank has no piece of any of the parameters."""
         parts = module.modules() if module is not None else ()
-        return any(isinstance(part, FullyShardedDataParallel) for part in parts) and not any(
-            local([parameter])[0].numel() for parameter in parameters
-        )
+        if module is None or not any(isinstance(part, FullyShardedDataParallel) for part in parts):
+            return None
+        return None if any(piece.numel() for piece in local(parameters)) else cls(module, parameters)
 
     def _note(self, _: Tensor) -> None:
         self.since_last = True

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from typing_extensions import override
 
 from lightning_lookahead._batch_norm import check_recalibrate
-from lightning_lookahead._buffers import check_statistics
-from lightning_lookahead._checks import check_optimizer, check_sharded_options, check_weights
+from lightning_lookahead._inner_optimizer import check_optimizer
 from lightning_lookahead._lightning import (
     AVERAGERS,
     TUNERS,
     callbacks_of,
+    check_sharded_options,
     check_trainer,
     is_a,
     join_packages,
@@ -26,8 +26,10 @@ from lightning_lookahead._lightning import (
 from lightning_lookahead._names import names_in
 from lightning_lookahead._numbers import check_choice
 from lightning_lookahead._ranks import check_ranks
+from lightning_lookahead._saved_format import check_weights
 from lightning_lookahead._saving import SavingCallback
 from lightning_lookahead._settings import Buffers, Nonfinite, PullbackMomentum, Settings
+from lightning_lookahead._statistics import check_statistics
 from lightning_lookahead._undisturbed import undisturbed
 from lightning_lookahead.adaptive import AdaptiveAlpha, TrainingLoss
 from lightning_lookahead.slow_weights import SlowWeights
@@ -210,12 +212,12 @@ class LookaheadCallback(SavingCallback):
                 **{**vars(self.settings), **({} if index == 0 else {"buffers": "keep"})},
                 sync_in_step=False,
                 exclude=[*excluded, *elsewhere[index]],
+                shared=[parameter for other in elsewhere for parameter in other],
                 module=trainer.strategy.model,
                 model_weights=self.eval_weights,
                 measure_distance=self.log_distance,
             )
             self.slow_weights.append(slow)
-            slow.share(parameter for other in elsewhere for parameter in other)
         if any(slow.sharded for slow in self.slow_weights):
             check_sharded_options(
                 log_distance=self.log_distance, check_ranks=self.check_ranks, slow_device=self.settings.slow_device
@@ -239,8 +241,8 @@ class LookaheadCallback(SavingCallback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._trainer = trainer
         for slow in self.slow_weights:
-            slow.put("fast")
-            slow.go_on()
+            slow.swap_to("fast")
+            slow.begin()
         if self.monitor is not None and self.slow_weights:
             self.monitor.begin(trainer, self.slow_weights[0])
         for slow in self.slow_weights:  # the checkpoint was saved after the k-th step and before its on_train_batch_end
@@ -257,7 +259,7 @@ class LookaheadCallback(SavingCallback):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         for slow in self._counting():  # a step that began before training_step may find parameters unfrozen there
             if slow.optimizer is optimizer:
-                slow.track_new()
+                slow.inner_loop.track_new()
 
     @override
     def on_train_batch_end(
@@ -265,10 +267,10 @@ class LookaheadCallback(SavingCallback):
     ) -> None:
         self._in_batch = False
         for index, slow in enumerate(self.slow_weights):
-            slow.loss = None
+            slow.alpha.loss = None
             if self._needs_loss and outputs and outputs.get("loss") is not None:  # training_step may have returned None
                 loss = functools.partial(training_loss, trainer, pl_module, batch, batch_idx)
-                slow.loss = TrainingLoss(loss, functools.partial(undisturbed, pl_module))
+                slow.alpha.loss = TrainingLoss(loss, functools.partial(undisturbed, pl_module))
             self._after_step(trainer, slow)
             if self.check_ranks and slow.syncs != self._checked[index] and trainer.world_size > 1:
                 self._checked[index] = slow.syncs
@@ -322,7 +324,7 @@ class LookaheadCallback(SavingCallback):
             suffix = f"/{index}" if len(self.slow_weights) > 1 else ""
             if self.log_syncs:
                 figures[f"lookahead/syncs{suffix}"] = float(slow.syncs)
-                if slow.last_alpha is not None and slow.changes_alpha:
+                if slow.last_alpha is not None and _varies(slow):
                     figures[f"lookahead/alpha{suffix}"] = slow.last_alpha
             if slow.last_distance is not None:
                 figures[f"lookahead/distance{suffix}"] = float(slow.last_distance)
@@ -341,7 +343,7 @@ class LookaheadCallback(SavingCallback):
         self._recalibration.stop()
         self._in_batch, self._shown = False, []
         for slow in self._counting():
-            slow.put("fast")
+            slow.swap_to("fast")
         self._stop_counting()
         if self._before_loading and trainer.state.fn == "fit":
             pl_module.load_state_dict(self._before_loading)
@@ -355,16 +357,16 @@ class LookaheadCallback(SavingCallback):
         if self.unfinished_cycle == "sync":
             for slow in self._counting():
                 if slow.steps_since_sync:
-                    slow.sync_unfinished()
+                    slow.sync(begun=True)
                     self._record_sync(slow)
         if self.monitor is not None and self._counting():
             self.monitor.end(trainer)
         for slow in self._counting():
             if not any(is_a(callback, AVERAGERS) for callback in callbacks_of(trainer)):
-                slow.put(self.eval_weights)
+                slow.swap_to(self.eval_weights)
         self._stop_counting()
         for slow in self.slow_weights:
-            slow.put(slow.holds)  # after on_train_end Lightning has moved the module to the CPU: follow it
+            slow.swap_to(slow.active)  # after on_train_end Lightning has moved the module to the CPU: follow it
         averages = any(is_a(callback, AVERAGERS) for callback in callbacks_of(trainer))
         if not self._left or averages:  # what others load into the module when training has ended is not what we left
             self._left = [slow.fingerprint() for slow in self.slow_weights]
@@ -386,7 +388,7 @@ class LookaheadCallback(SavingCallback):
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for slow in self._counting():
-            slow.put(self.eval_weights)
+            slow.swap_to(self.eval_weights)
         if self.recalibrate_batch_norm and self._counting() and not trainer.sanity_checking:
             self._recalibration.start(trainer, self.recalibrate_batch_norm)
 
@@ -395,7 +397,7 @@ class LookaheadCallback(SavingCallback):
         """After every other callback's ``on_validation_end`` and the module's: first in, last out."""
         self._recalibration.stop()
         for slow in self._counting():
-            slow.put("fast")
+            slow.swap_to("fast")
 
     # -- what a copy has
 
@@ -419,3 +421,8 @@ class LookaheadCallback(SavingCallback):
             "exclude": self.exclude,
             "sync_optimizers": self.sync_optimizers,
         }
+
+
+def _varies(slow: SlowWeights) -> bool:
+    """Whether alpha is not one number for all syncs."""
+    return not isinstance(slow.settings.alpha, (int, float)) or len(slow.cycles) > 1

@@ -14,9 +14,16 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as load_shards
 
-from lightning_lookahead._checks import check_saved, check_weights
 from lightning_lookahead._names import bare
-from lightning_lookahead._saved_format import SHARDS, Weights, slow_dtype, upgrade, without_words
+from lightning_lookahead._saved_format import (
+    SHARDS,
+    Weights,
+    check_saved,
+    check_weights,
+    slow_dtype,
+    upgrade,
+    without_words,
+)
 from lightning_lookahead._settings import dtype_of
 from lightning_lookahead._shards import KEY, listed
 from lightning_lookahead._tensors import checksum

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lightning_lookahead._algorithm import outer_step
-from lightning_lookahead._checks import inside_of
+from lightning_lookahead._inner_optimizer import inside_of
 
 if TYPE_CHECKING:
     from collections.abc import Collection

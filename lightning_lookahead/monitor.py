@@ -133,7 +133,7 @@ class InnerOuterMonitor:
             self._write(trainer, self.history, new=True)
         if self.history and self.history[-1].step >= slow.steps:
             return  # a run that goes on: this step was evaluated before it was saved
-        if slow.at_sync:
+        if slow.cycles.at_sync:
             self.after_sync(trainer, slow)
         elif self._window.has_step(slow.steps, slow.syncs):  # the run was stopped before it was evaluated
             self._evaluate(trainer, "inner")

@@ -569,10 +569,10 @@ def test_without_statistics_there_is_nothing_to_move():
 def test_fast_weights_set_aside_come_back_where_the_module_has_been_moved_in_between():
     weight, slow = creeping(steps=3)
     weight.grad = torch.full_like(weight, 0.3)
-    slow.put("slow")
+    slow.swap_to("slow")
     theta = next(iter(slow.values("fast").values())).clone()
     weight.data = weight.data.float()  # as after a fit, where the module is moved to what is kept
-    slow.put("fast")
+    slow.swap_to("fast")
     assert torch.equal(weight, theta.float())
 
 
@@ -670,7 +670,7 @@ def test_a_group_s_own_settings_are_those_of_the_run_and_not_of_the_file():
         optimizer.load_state_dict(saved.state_dict())
     other.load_state_dict(slow.state_dict())
     assert optimizer.param_groups[1]["lookahead_k"] == 2
-    assert [cycle.ends for cycle in other._cycles] == [3, 2]
+    assert [cycle.ends for cycle in other.cycles] == [3, 2]
     bare, third = build({})
     with pytest.warns(UserWarning, match="settings of a group"):
         optimizer.load_state_dict(bare.state_dict())

@@ -495,7 +495,7 @@ def test_what_slow_weights_wait_for_is_let_go_when_training_goes_on():
     optimizer = module.configure_optimizers()
     slow = SlowWeights(optimizer, k=3)
     slow.load_state_dict(slow.state_dict())
-    assert slow._persistence.pending is not None
+    assert slow.persistence.pending is not None
     module.loss(0).backward()
     optimizer.step()
-    assert slow._persistence.pending is None
+    assert slow.persistence.pending is None

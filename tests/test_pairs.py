@@ -205,7 +205,7 @@ def test_a_swap_right_after_a_sync_moves_nothing():
     slow.sync()
     versions = [tensor._version for tensor in (*parameters, *slow.values("slow").values())]
     with Ops() as ops, slow.use("slow"):
-        assert slow.holds == "slow"
+        assert slow.active == "slow"
     assert not ops.counts.keys() & {"clone", "copy_", "_foreach_copy_"}
     assert [tensor._version for tensor in (*parameters, *slow.values("slow").values())] == versions
 

@@ -387,7 +387,7 @@ def test_the_counters_saved_are_right_when_the_last_step_was_skipped(fused):
         optimizer.zero_grad()
     counters = {"k": 5, "alpha": 0.5, "steps": 1, "steps_since_sync": 1, "syncs": 0}
     more = {"trained": ["[0]"], "idle": [], "saved_with": "fast"}
-    assert slow.counters() == {**slow.settings.saved(), **counters, **more}
+    assert slow.persistence.counters() == {**slow.settings.saved(), **counters, **more}
 
 
 class ComputesItsGradients(torch.optim.SGD):
@@ -536,7 +536,7 @@ def test_swapping_saving_and_copying_never_change_the_run(history, k, alpha, opt
             steps += 1
         elif event == "swap":
             with slow.use("slow"):
-                slow.put("slow")
+                slow.swap_to("slow")
         elif event == "copy":
             problem, slow = copy.deepcopy((problem, slow))
         else:
@@ -547,7 +547,7 @@ def test_swapping_saving_and_copying_never_change_the_run(history, k, alpha, opt
             problem.optimizer.load_state_dict(saved[1])
             problem.net.load_state_dict(saved[0])
             slow.load_state_dict(saved[2])
-            slow.put("fast")  # the first use puts both sets in their places
+            slow.swap_to("fast")  # the first use puts both sets in their places
     phi = lookahead(reference.parameters, reference.step, k=k, alpha=alpha, steps=steps)
     assert equal(problem.parameters, reference.parameters)
     assert equal(slow_values(slow), phi)
@@ -604,7 +604,7 @@ def test_a_state_dict_holds_no_live_tensor_of_ours_and_loading_leaves_it_as_it_w
     snapshot = copy.deepcopy(state)
     for _ in range(2):
         slow.load_state_dict(state)
-        slow.put("fast")
+        slow.swap_to("fast")
         assert state.keys() == snapshot.keys()
         assert equal(state["weights"]["slow"].values(), snapshot["weights"]["slow"].values())
 
@@ -648,7 +648,7 @@ def test_weights_changed_while_loading_are_what_training_goes_on_with():
     model_state["0.weight"] *= 2
     resumed.net.load_state_dict(model_state)
     with pytest.warns(UserWarning, match="1 of 4 parameters"):
-        again.put("fast")
+        again.swap_to("fast")
     assert torch.equal(resumed.net[0].weight, model_state["0.weight"])
     assert torch.equal(slow_values(again)[0], model_state["0.weight"])
     assert equal(resumed.parameters[1:], problem.parameters[1:])
@@ -714,9 +714,9 @@ def test_the_first_gradient_after_loading_is_that_of_the_fast_weights(order, giv
         again.load_state_dict(saved[2])
         resumed.net.load_state_dict(saved[0])
         if not given:  # nobody tells: rather than to go on from a wrong gradient
-            with pytest.raises(RuntimeError, match=r"Call put\('fast'\) when all is loaded"):
+            with pytest.raises(RuntimeError, match=r"Call swap_to\('fast'\) when all is loaded"):
                 step(resumed, 3)
-            again.put("fast")
+            again.swap_to("fast")
     step(resumed, 3)
     assert equal(resumed.parameters, problem.parameters)
     assert equal(slow_values(again), slow_values(slow))
@@ -750,7 +750,7 @@ def test_bad_counters_are_refused_and_change_nothing():
     problem = Problem()
     slow = SlowWeights(problem.optimizer)
     problem.step(0)
-    before = slow.counters()
+    before = slow.persistence.counters()
     for bad in ({}, {**before, "steps": -1}, {**before, "syncs": 1.5}, {**before, "steps_since_sync": True}):
         with pytest.raises(ValueError, match="must be an integer of at least 0"):
             slow.load_state_dict(bad)
@@ -759,7 +759,7 @@ def test_bad_counters_are_refused_and_change_nothing():
     for bad in ({"weights": [1]}, {"weights": {"slow": {"[0]": 3}}}, {"checksums": {"slow": {"[0]": "a"}}}):
         with pytest.raises(ValueError, match="is damaged: it must be a dict of"):
             slow.load_state_dict({**before, **bad})
-    assert slow.counters() == before
+    assert slow.persistence.counters() == before
 
 
 def test_more_syncs_than_steps_are_no_damage():
@@ -767,7 +767,7 @@ def test_more_syncs_than_steps_are_no_damage():
     slow = SlowWeights(torch.optim.SGD([{"params": weights[:1], "lookahead_k": 1}, {"params": weights[1:]}], lr=0.1))
     slow.sync()
     slow.sync()
-    assert slow.counters()["groups"] == [{"steps_since_sync": 0, "syncs": 2}]
+    assert slow.persistence.counters()["groups"] == [{"steps_since_sync": 0, "syncs": 2}]
     slow.load_state_dict(slow.state_dict())
     assert slow.syncs == 2
 
@@ -942,7 +942,7 @@ def test_unknown_weights_are_refused():
         SlowWeights(Problem().optimizer, model_weights="ema")
     slow = SlowWeights(Problem().optimizer)
     with pytest.raises(ValueError, match="'ema' is unknown: give 'slow'"):
-        slow.put("ema")
+        slow.swap_to("ema")
 
 
 def test_the_module_imports_torch_and_nothing_of_lightning():

@@ -126,8 +126,8 @@ def _one(shapes: list[Shape], device: str, *, half_frozen: bool) -> dict[str, in
     rest = built + held(cycle, device)[1]
 
     def there_and_back() -> None:
-        slow.put("slow")
-        slow.put("fast")
+        slow.swap_to("slow")
+        slow.swap_to("fast")
 
     def written() -> int:
         with Written([*trained, *slow.values("slow").values()]) as count:

@@ -88,8 +88,8 @@ def _times(count: int, size: int, args: argparse.Namespace) -> dict[str, Any]:
     targets: list[Any] = list(torch.empty(count * size, device=args.device).split(size))
 
     def there_and_back() -> None:
-        slow.put("slow")
-        slow.put("fast")
+        slow.swap_to("slow")
+        slow.swap_to("fast")
 
     optimizer.step()
     calls = {"copy": lambda: torch._foreach_copy_(targets, sources), "sync": slow.sync}

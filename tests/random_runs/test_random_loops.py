@@ -247,7 +247,7 @@ class Ours(Loop):
             index, saved = self.index, self.saved(value[0])
             for _ in range(2):
                 self.take("closure")
-            self.slow.put("slow" if self.case["module"] else "fast")
+            self.slow.swap_to("slow" if self.case["module"] else "fast")
             self.load(saved, value[0], value[1])
             self.index = index
         else:
@@ -256,9 +256,9 @@ class Ours(Loop):
     def saved(self, place):
         """The three files, written while the parameters hold a set."""
         model = self.case["model_weights"]
-        with self.slow.use(place or self.slow.holds):
+        with self.slow.use(place or self.slow.active):
             states = [self.optimizer.state_dict(), self.slow.state_dict()]
-            with self.slow.use(model or self.slow.holds):
+            with self.slow.use(model or self.slow.active):
                 states.insert(0, self.net.state_dict())
                 file = io.BytesIO()
                 torch.save(dict(zip(PARTS, states, strict=True)), file)
@@ -283,7 +283,7 @@ class Ours(Loop):
             else:
                 getattr(self, part).load_state_dict(saved[part])
         if not self.case["module"] and (self.case["model_weights"] or place) == "slow":
-            self.slow.put("fast")  # nobody has told that the model was loaded
+            self.slow.swap_to("fast")  # nobody has told that the model was loaded
 
     def both(self):
         shown = {}
