@@ -23,9 +23,22 @@ if TYPE_CHECKING:
     from lightning.pytorch import Trainer
     from torch import Tensor
 
+    from lightning_lookahead._saved_format import Weights
 
-def check_recalibrate(value: object) -> None:
-    """Raise unless ``value`` says which batches: a bool, a number of at least 0, or batches."""
+
+def check_recalibrate(value: object, eval_weights: Weights | None = None) -> None:
+    """Raise unless ``value`` says which batches: a bool, a number of at least 0, or batches.
+
+    Args:
+        value: What was given.
+        eval_weights: The one set that is validated; ``None``: both.
+    """
+    if value and eval_weights == "fast":
+        message = (
+            f"recalibrate_batch_norm={value!r} does nothing with eval_weights='fast', which the statistics belong to:"
+            " leave it out."
+        )
+        raise ValueError(message)
     if (isinstance(value, int) and value >= 0) or (hasattr(value, "__iter__") and not isinstance(value, str)):
         check_repeatable("recalibrate_batch_norm", value)
         return

@@ -1,52 +1,48 @@
-"""`LookaheadCallback`: the Trainer's hooks call the outer loop. Wiring only, no arithmetic on weights."""
+"""`LookaheadCallback`: the Trainer's hooks call the outer loop. Wiring only: no arithmetic, no saving."""
 
 from __future__ import annotations
 
-import functools
 import warnings
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from typing_extensions import override
 
 from lightning_lookahead._batch_norm import check_recalibrate
-from lightning_lookahead._inner_optimizer import check_optimizer
+from lightning_lookahead._fit import Fit, SyncOptimizers
 from lightning_lookahead._lightning import (
     AVERAGERS,
     TUNERS,
+    Callback,
     callbacks_of,
     check_sharded_options,
     check_trainer,
     is_a,
     join_packages,
     log_to_loggers,
-    matching,
-    owned_by_others,
-    training_loss,
 )
-from lightning_lookahead._names import names_in
 from lightning_lookahead._numbers import check_choice
-from lightning_lookahead._ranks import check_ranks
+from lightning_lookahead._outer_loops import OTHERS_LOADED
 from lightning_lookahead._saved_format import check_weights
-from lightning_lookahead._saving import SavingCallback
 from lightning_lookahead._settings import Buffers, Nonfinite, PullbackMomentum, Settings
 from lightning_lookahead._statistics import check_statistics
-from lightning_lookahead._undisturbed import undisturbed
-from lightning_lookahead.adaptive import AdaptiveAlpha, TrainingLoss
-from lightning_lookahead.slow_weights import SlowWeights
+from lightning_lookahead._sync_log import RankCheck, figures
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from lightning.pytorch import LightningModule, Trainer
     from torch.optim import Optimizer
 
     from lightning_lookahead._saved_format import Weights
     from lightning_lookahead.monitor import InnerOuterMonitor
+    from lightning_lookahead.slow_weights import SlowWeights
     from lightning_lookahead.step_size import Length, StepSize
 
 UnfinishedCycle = Literal["drop", "sync"]
-SyncOptimizers = Literal["independently", "together"]
 
 
-class LookaheadCallback(SavingCallback):
+class LookaheadCallback(Callback):
     """Lookahead around whatever optimizer the module configures: k steps forward, 1 step back.
 
     Each optimizer has its own count of inner steps. Under automatic optimization the weights are synced in
@@ -103,32 +99,6 @@ class LookaheadCallback(SavingCallback):
         >>> trainer.callbacks[0].slow_weights
         [SlowWeights(SGD, k=5, alpha=0.5, syncs=2)]
 
-        A last cycle of two steps dropped and synced, of all parameters and of the bias; and two optimizers, of which
-        the second takes two steps in each batch, each by itself and together:
-
-        >>> def train(model, **options):  # syncs and parameters of each optimizer
-        ...     callback = LookaheadCallback(k=5, **options)
-        ...     trainer = Trainer(
-        ...         callbacks=[callback], limit_train_batches=7, max_epochs=1, logger=False, accelerator="cpu",
-        ...         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-        ...     )
-        ...     trainer.fit(model)
-        ...     return [(slow.syncs, len(slow.values("slow"))) for slow in callback.slow_weights]
-        >>> train(BoringModel()), train(BoringModel(), unfinished_cycle="sync", exclude="*.weight")
-        ([(1, 2)], [(2, 1)])
-        >>> class Two(BoringModel):
-        ...     automatic_optimization = False
-        ...     def training_step(self, batch, batch_idx):
-        ...         first, second = self.optimizers()
-        ...         for optimizer in (first, second, second):
-        ...             optimizer.zero_grad()
-        ...             self.manual_backward(self(batch).sum())
-        ...             optimizer.step()
-        ...     def configure_optimizers(self):
-        ...         return [torch.optim.SGD([parameter], lr=0.1) for parameter in self.parameters()]
-        >>> train(Two()), train(Two(), sync_optimizers="together")
-        ([(1, 1), (2, 1)], [(1, 1), (1, 1)])
-
     Source: Zhang, Lucas, Hinton, Ba 2019, Algorithm 1 and section 3.
     """
 
@@ -154,30 +124,42 @@ class LookaheadCallback(SavingCallback):
     ) -> None:
         join_packages(LookaheadCallback)
         super().__init__()
+        self.settings = Settings(k, alpha, start_step, pullback_momentum, nonfinite, slow_dtype, slow_device, buffers)
         check_weights(eval_weights, "eval_weights")
         check_choice("unfinished_cycle", unfinished_cycle, get_args(UnfinishedCycle))
         check_choice("sync_optimizers", sync_optimizers, get_args(SyncOptimizers))
-        self.settings = Settings(k, alpha, start_step, pullback_momentum, nonfinite, slow_dtype, slow_device, buffers)
+        check_recalibrate(recalibrate_batch_norm, eval_weights)
+        self.eval_weights: Weights = eval_weights
         self.unfinished_cycle = unfinished_cycle
         self.exclude = [exclude] if isinstance(exclude, str) else list(exclude or [])
         self.sync_optimizers = sync_optimizers
-        self.eval_weights: Weights = eval_weights
-        check_recalibrate(recalibrate_batch_norm)
-        if recalibrate_batch_norm and eval_weights == "fast":
-            message = (
-                f"recalibrate_batch_norm={recalibrate_batch_norm!r} does nothing with eval_weights='fast', which the"
-                " statistics belong to: leave it out."
-            )
-            raise ValueError(message)
         self.monitor = monitor
         self.recalibrate_batch_norm = recalibrate_batch_norm
-        self.log_syncs = log_syncs
-        self.log_distance = log_distance
-        self.check_ranks = check_ranks
-        self._step_hooks: list[Any] = []  # on the optimizers, under manual optimization
-        self._checked: list[int] = []  # syncs after which ranks were compared, for each optimizer
-        self._trainer: Trainer | None = None  # during a fit
+        self.log_syncs, self.log_distance, self.check_ranks = log_syncs, log_distance, check_ranks
+        self._ranks = RankCheck()
         self._in_trainer = False
+        self._trainer: Trainer | None = None  # while a fit is under way
+        self._fit = self._new_fit()
+
+    def _new_fit(self) -> Fit:
+        told = {
+            **self.settings.saved(),
+            "eval_weights": self.eval_weights,
+            "exclude": self.exclude,
+            "sync_optimizers": self.sync_optimizers,
+        }
+        key, recalibrate = type(self).__name__, self.recalibrate_batch_norm
+        return Fit(key, self.settings, told, self.eval_weights, self.sync_optimizers, recalibrate, self.monitor)
+
+    @property
+    def slow_weights(self) -> list[SlowWeights]:
+        """One for each optimizer, from the start of a fit until the next fit starts."""
+        return self._fit.loops.slow_weights
+
+    @property
+    def others_loaded(self) -> bool:
+        """Whether the module holds other weights than those that the fit has left in it."""
+        return self._fit.loops.others_loaded
 
     # -- one fit
 
@@ -187,7 +169,9 @@ class LookaheadCallback(SavingCallback):
         check_trainer(trainer)
         if stage != "fit":
             return
-        self._await_checkpoint(trainer, pl_module)
+        self._fit.loops.close()
+        self._fit = self._new_fit()
+        self._fit.checkpoints.await_checkpoint(trainer.strategy, pl_module)
         if self.monitor is not None:
             self.monitor.reset()
         # First, so that every other callback finds the weights that validation and the end of training are about:
@@ -202,103 +186,63 @@ class LookaheadCallback(SavingCallback):
         if not optimizers:
             warnings.warn("configure_optimizers gave no optimizer: there is nothing to look ahead with.", stacklevel=2)
             return
-        for optimizer in optimizers:
-            check_optimizer(optimizer)
-        excluded = matching(self.exclude, pl_module)
-        elsewhere = owned_by_others(optimizers, pl_module)
-        for index, optimizer in enumerate(optimizers):  # one by one: if one is refused, the others are let go of
-            slow = SlowWeights(
-                optimizer,
-                **{**vars(self.settings), **({} if index == 0 else {"buffers": "keep"})},
-                sync_in_step=False,
-                exclude=[*excluded, *elsewhere[index]],
-                shared=[parameter for other in elsewhere for parameter in other],
-                module=trainer.strategy.model,
-                model_weights=self.eval_weights,
-                measure_distance=self.log_distance,
-            )
-            self.slow_weights.append(slow)
+        root, weights = trainer.strategy.model, self.eval_weights
+        options = {"module": root, "model_weights": weights, "measure_distance": self.log_distance}
+        self._fit.loops.add(optimizers, self.settings, self.exclude, pl_module, **options)
         if any(slow.sharded for slow in self.slow_weights):
-            check_sharded_options(
-                log_distance=self.log_distance, check_ranks=self.check_ranks, slow_device=self.settings.slow_device
-            )
+            slow_device = self.settings.slow_device
+            check_sharded_options(log_distance=self.log_distance, check_ranks=self.check_ranks, slow_device=slow_device)
         if self.recalibrate_batch_norm:
             check_statistics(pl_module, "recalibrate_batch_norm")
-        if self._needs_loss and not pl_module.automatic_optimization:
-            message = (
-                f"alpha={self.settings.alpha} needs the loss that training_step returns, and this module optimizes by"
-                " hand: take AdaptiveAlpha('fisher'), a number or a schedule."
-            )
-            raise ValueError(message)
         if not pl_module.automatic_optimization:
-            self._step_hooks = [
-                slow.optimizer.register_step_post_hook(functools.partial(self._after_step, trainer, slow))
-                for slow in self.slow_weights
-            ]
-        self._serve_checkpoints(trainer.strategy)
+            self._fit.sync_in_steps(trainer)
+        self._fit.checkpoints.serve(trainer.strategy)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._trainer = trainer
-        for slow in self.slow_weights:
-            slow.swap_to("fast")
-            slow.begin()
-        if self.monitor is not None and self.slow_weights:
-            self.monitor.begin(trainer, self.slow_weights[0])
-        for slow in self.slow_weights:  # the checkpoint was saved after the k-th step and before its on_train_batch_end
-            self._after_step(trainer, slow)
-        self._checked = [slow.syncs for slow in self.slow_weights]
-        self._before_loading = {}
+        self._fit.begin(trainer)
+        self._ranks.begin(self.slow_weights)
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self._end_showing()
-        self._in_batch = True
+        self._fit.checkpoints.begin_batch()
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        for slow in self._counting():  # a step that began before training_step may find parameters unfrozen there
-            if slow.optimizer is optimizer:
-                slow.inner_loop.track_new()
+        self._fit.loops.track_new(optimizer)  # a step that began before training_step may find some unfrozen there
 
     @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._in_batch = False
-        for index, slow in enumerate(self.slow_weights):
-            slow.alpha.loss = None
-            if self._needs_loss and outputs and outputs.get("loss") is not None:  # training_step may have returned None
-                loss = functools.partial(training_loss, trainer, pl_module, batch, batch_idx)
-                slow.alpha.loss = TrainingLoss(loss, functools.partial(undisturbed, pl_module))
-            self._after_step(trainer, slow)
-            if self.check_ranks and slow.syncs != self._checked[index] and trainer.world_size > 1:
-                self._checked[index] = slow.syncs
-                names = names_in(pl_module)
-                check_ranks({names.get(p, ["(of another module)"])[0]: p for p in slow.values("fast")})
+        self._fit.checkpoints.end_batch()
+        self._fit.note_loss(trainer, pl_module, outputs, batch, batch_idx)
+        for slow in self.slow_weights:
+            self._fit.sync_due(trainer, slow)
+        if self.check_ranks:
+            self._ranks.look(trainer, pl_module, self.slow_weights)
         if self.log_syncs or self.log_distance:
-            log_to_loggers(trainer, self._figures())
-        if self.recalibrate_batch_norm:
-            self._recalibration.note_modes(pl_module)
+            log_to_loggers(trainer, figures(self.slow_weights, syncs=self.log_syncs))
+        self._fit.swap.note_modes(pl_module)
         if self.monitor is not None and self.slow_weights:
             self.monitor.publish(trainer, pl_module)
 
-    def _after_step(self, trainer: Trainer, slow: SlowWeights, *_: object) -> None:
-        monitor = self.monitor if slow is self.slow_weights[0] else None
-        if monitor is not None:
-            monitor.after_step(trainer, slow)
-        if not slow.due:
-            return
-        together = self.slow_weights if self.sync_optimizers == "together" else [slow]
-        if all(other.due for other in together):
-            for other in together:
-                other.sync()
-            if self.monitor is not None and any(other is self.slow_weights[0] for other in together):
-                self.monitor.after_sync(trainer, self.slow_weights[0])
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._trainer = None
+        averages = any(is_a(callback, AVERAGERS) for callback in callbacks_of(trainer))
+        sync_unfinished, leave = self.unfinished_cycle == "sync", None if averages else self.eval_weights
+        self._fit.end(trainer, sync_unfinished=sync_unfinished, leave=leave)
 
-    @property
-    def _needs_loss(self) -> bool:
-        return isinstance(self.settings.alpha, AdaptiveAlpha) and self.settings.alpha.needs_loss
+    @override
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.on_train_end(trainer, pl_module)  # which is left out where no batch was trained
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._trainer = None
+        self._fit.abort(trainer, pl_module)
 
     def sync_now(self) -> None:
         """Do the outer step of every optimizer now, wherever in its cycle it is; a new cycle begins.
@@ -306,100 +250,54 @@ class LookaheadCallback(SavingCallback):
         Raises:
             RuntimeError: Outside of a fit, or while the module holds the slow weights (in validation).
         """
-        if not self._counting():
+        if self._trainer is None:
             message = "sync_now() was called outside of a fit: there is nothing to sync."
             raise RuntimeError(message)
-        for slow in self._counting():
-            slow.sync()
-            self._record_sync(slow)
-
-    def _record_sync(self, slow: SlowWeights) -> None:
-        if self.monitor is not None and slow is self.slow_weights[0] and self._trainer is not None:
-            self.monitor.after_sync(self._trainer, slow)
-
-    def _figures(self) -> dict[str, float]:
-        """What is logged if it is asked for."""
-        figures: dict[str, float] = {}
-        for index, slow in enumerate(self.slow_weights):
-            suffix = f"/{index}" if len(self.slow_weights) > 1 else ""
-            if self.log_syncs:
-                figures[f"lookahead/syncs{suffix}"] = float(slow.syncs)
-                if slow.last_alpha is not None and _varies(slow):
-                    figures[f"lookahead/alpha{suffix}"] = slow.last_alpha
-            if slow.last_distance is not None:
-                figures[f"lookahead/distance{suffix}"] = float(slow.last_distance)
-        return figures
-
-    @override
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._finish(trainer)
-
-    @override
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._finish(trainer)  # on_train_end is left out where no batch was trained
-
-    @override
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._recalibration.stop()
-        self._in_batch, self._shown = False, []
-        for slow in self._counting():
-            slow.swap_to("fast")
-        self._stop_counting()
-        if self._before_loading and trainer.state.fn == "fit":
-            pl_module.load_state_dict(self._before_loading)
-        self._before_loading = {}
-        self._left = [slow.fingerprint() for slow in self.slow_weights]
-        if self.monitor is not None:
-            self.monitor.let_go()
-
-    def _finish(self, trainer: Trainer) -> None:
-        self._before_loading = {}
-        if self.unfinished_cycle == "sync":
-            for slow in self._counting():
-                if slow.steps_since_sync:
-                    slow.sync(begun=True)
-                    self._record_sync(slow)
-        if self.monitor is not None and self._counting():
-            self.monitor.end(trainer)
-        for slow in self._counting():
-            if not any(is_a(callback, AVERAGERS) for callback in callbacks_of(trainer)):
-                slow.swap_to(self.eval_weights)
-        self._stop_counting()
-        for slow in self.slow_weights:
-            slow.swap_to(slow.active)  # after on_train_end Lightning has moved the module to the CPU: follow it
-        averages = any(is_a(callback, AVERAGERS) for callback in callbacks_of(trainer))
-        if not self._left or averages:  # what others load into the module when training has ended is not what we left
-            self._left = [slow.fingerprint() for slow in self.slow_weights]
-
-    def _stop_counting(self) -> None:
-        for hook in self._step_hooks:
-            hook.remove()
-        self._step_hooks = []
-        self._trainer = None
-        for slow in self.slow_weights:
-            slow.close()
-
-    def _counting(self) -> list[SlowWeights]:
-        """Those of a fit that is under way: none before it, after it or after an exception in it."""
-        return [slow for slow in self.slow_weights if slow.counting]
+        self._fit.sync_now(self._trainer)
 
     # -- either set of weights
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        for slow in self._counting():
-            slow.swap_to(self.eval_weights)
-        if self.recalibrate_batch_norm and self._counting() and not trainer.sanity_checking:
-            self._recalibration.start(trainer, self.recalibrate_batch_norm)
+        self._fit.swap.start(trainer)  # the end is the strategy's: after the hooks of all callbacks and of the module
+
+    @contextmanager
+    def use_weights(self, weights: Weights) -> Iterator[None]:
+        """Let the module hold the ``"slow"`` or ``"fast"`` weights inside the ``with`` block, in place.
+
+        After it the module holds what it held before, also if an exception was raised inside. During a fit and after
+        it, until the next one starts.
+
+        Raises:
+            ValueError: If ``weights`` is neither.
+            RuntimeError: If this process has started no fit.
+        """
+        check_weights(weights)
+        if not self.slow_weights:
+            message = (
+                "There is one set of weights only: use_weights() works from the start of a fit on, in the process that"
+                " trains (strategies that spawn or fork bring back phi alone)."
+            )
+            raise RuntimeError(message)
+        if self.others_loaded:
+            message = f"use_weights({weights!r}): {OTHERS_LOADED}"
+            raise RuntimeError(message)
+        with self._fit.loops.use(weights):
+            yield
+
+    # -- what is saved, and what a copy has
 
     @override
-    def _after_validation(self) -> None:
-        """After every other callback's ``on_validation_end`` and the module's: first in, last out."""
-        self._recalibration.stop()
-        for slow in self._counting():
-            slow.swap_to("fast")
+    def state_dict(self) -> dict[str, Any]:
+        return self._fit.checkpoints.state_dict()
 
-    # -- what a copy has
+    @override
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._fit.checkpoints.on_save_checkpoint(trainer, checkpoint)
+
+    @override
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._fit.checkpoints.on_load_checkpoint(trainer, checkpoint)
 
     @property
     @override
@@ -409,20 +307,12 @@ class LookaheadCallback(SavingCallback):
 
     def __getstate__(self) -> dict[str, Any]:
         """Settings alone outside of a fit: libraries keep callbacks among hyperparameters. In a fit, all of it."""
-        if self._counting():
-            return {**self.__dict__, "_trainer": None}
-        kept = {name: value for name, value in self.__dict__.items() if name not in {"log", "log_dict"}}  # the module's
-        return {**kept, **self._nothing_trained(), "_trainer": None}
+        left_out = (
+            {"log", "log_dict"} if self._fit.loops.counting else {"log", "log_dict", "_fit"}
+        )  # logs: the module's
+        return {**{name: value for name, value in vars(self).items() if name not in left_out}, "_trainer": None}
 
-    def _settings(self) -> dict[str, Any]:
-        return {
-            **self.settings.saved(),
-            "eval_weights": self.eval_weights,
-            "exclude": self.exclude,
-            "sync_optimizers": self.sync_optimizers,
-        }
-
-
-def _varies(slow: SlowWeights) -> bool:
-    """Whether alpha is not one number for all syncs."""
-    return not isinstance(slow.settings.alpha, (int, float)) or len(slow.cycles) > 1
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if "_fit" not in state:
+            self._fit = self._new_fit()

@@ -19,7 +19,7 @@ from lightning_lookahead._batch_norm import Recalibration, check_recalibrate
 from lightning_lookahead._batches import check_repeatable
 from lightning_lookahead._lightning import AVERAGERS, Callback, DummyLogger, callbacks_of, is_a, root_of
 from lightning_lookahead._module_state import kept_weights, load_whole
-from lightning_lookahead._saving import OTHERS_LOADED
+from lightning_lookahead._outer_loops import OTHERS_LOADED
 from lightning_lookahead._undisturbed import undisturbed
 from lightning_lookahead.callback import LookaheadCallback
 from lightning_lookahead.checkpointing import read_checkpoint, weights_in
