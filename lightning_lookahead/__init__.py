@@ -10,21 +10,20 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from lightning_lookahead._records import InnerLoop, Record, inner_loops
-    from lightning_lookahead.adaptive import AdaptiveAlpha
-    from lightning_lookahead.callback import LookaheadCallback
     from lightning_lookahead.checkpointing import load_weights, newest_checkpoint
-    from lightning_lookahead.cli import LookaheadCLI
-    from lightning_lookahead.comparison import Comparison, compare_weights
-    from lightning_lookahead.monitor import InnerOuterMonitor
-    from lightning_lookahead.plotting import plot_inner_outer
-    from lightning_lookahead.slow_weights import SlowWeights
-    from lightning_lookahead.step_size import Constant, Cosine, Linear
+    from lightning_lookahead.evaluation.monitor import InnerOuterMonitor
+    from lightning_lookahead.evaluation.plotting import plot_inner_outer
+    from lightning_lookahead.evaluation.records import InnerLoop, Record, inner_loops
+    from lightning_lookahead.outer_loop.adaptive import AdaptiveAlpha
+    from lightning_lookahead.outer_loop.schedules import Cosine, Linear
+    from lightning_lookahead.outer_loop.slow_weights import SlowWeights
+    from lightning_lookahead.trainer.callback import LookaheadCallback
+    from lightning_lookahead.trainer.cli import LookaheadCLI
+    from lightning_lookahead.trainer.comparison import Comparison, compare_weights
 
 __all__ = [
     "AdaptiveAlpha",
     "Comparison",
-    "Constant",
     "Cosine",
     "InnerLoop",
     "InnerOuterMonitor",
@@ -40,24 +39,19 @@ __all__ = [
     "plot_inner_outer",
 ]
 
-_MODULES = {
-    "AdaptiveAlpha": "adaptive",
-    "Comparison": "comparison",
-    "Constant": "step_size",
-    "Cosine": "step_size",
-    "InnerLoop": "_records",
-    "InnerOuterMonitor": "monitor",
-    "Linear": "step_size",
-    "LookaheadCLI": "cli",
-    "LookaheadCallback": "callback",
-    "Record": "_records",
-    "SlowWeights": "slow_weights",
-    "compare_weights": "comparison",
-    "inner_loops": "_records",
-    "load_weights": "checkpointing",
-    "newest_checkpoint": "checkpointing",
-    "plot_inner_outer": "plotting",
+_NAMES = {
+    "checkpointing": "load_weights newest_checkpoint",
+    "evaluation.monitor": "InnerOuterMonitor",
+    "evaluation.plotting": "plot_inner_outer",
+    "evaluation.records": "InnerLoop Record inner_loops",
+    "outer_loop.adaptive": "AdaptiveAlpha",
+    "outer_loop.schedules": "Cosine Linear",
+    "outer_loop.slow_weights": "SlowWeights",
+    "trainer.callback": "LookaheadCallback",
+    "trainer.cli": "LookaheadCLI",
+    "trainer.comparison": "Comparison compare_weights",
 }
+_MODULES = {name: module for module, names in _NAMES.items() for name in names.split()}
 
 
 def __getattr__(name: str) -> object:

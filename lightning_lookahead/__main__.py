@@ -6,7 +6,7 @@ import sys
 def main() -> None:
     """Run the command line, or say in one line what it needs."""
     try:
-        from lightning_lookahead.cli import main as run  # noqa: PLC0415 (jsonargparse is optional)
+        from lightning_lookahead.trainer.cli import main as run  # noqa: PLC0415 (jsonargparse is optional)
 
         run()
     except ModuleNotFoundError as error:

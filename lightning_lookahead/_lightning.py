@@ -1,4 +1,4 @@
-"""What of Lightning `LookaheadCallback` works with, and what it says otherwise.
+"""What of Lightning is private, patched, or there twice.
 
 Lightning comes as two packages, ``lightning.pytorch`` and ``pytorch_lightning``, with a class of each kind in both.
 Whichever the user has is used and the other is not imported (it would take over the first one's log messages); classes
@@ -9,14 +9,9 @@ from __future__ import annotations
 
 import inspect
 import sys
-import warnings
 from collections.abc import Mapping
 from contextlib import contextmanager
-from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, cast
-
-from lightning_lookahead._names import names_in
-from lightning_lookahead._parameters import parameters_of
 
 if TYPE_CHECKING or "pytorch_lightning" not in sys.modules or "lightning.pytorch" in sys.modules:
     from lightning.fabric.utilities.data import sized_len
@@ -37,30 +32,8 @@ if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
     from lightning.pytorch.strategies import Strategy
     from torch import Tensor, nn
-    from torch.optim import Optimizer
 
-__all__ = [
-    "AVERAGERS",
-    "TUNERS",
-    "Callback",
-    "CombinedLoader",
-    "DummyLogger",
-    "callbacks_of",
-    "check_sharded_options",
-    "check_trainer",
-    "datamodule_of",
-    "is_a",
-    "isolate_rng",
-    "join_packages",
-    "log_to_loggers",
-    "matching",
-    "owned_by_others",
-    "root_of",
-    "sized_len",
-    "training_loss",
-    "unlogged",
-    "writes_folders",
-]
+__all__ = ["Callback", "CombinedLoader", "DummyLogger", "isolate_rng", "sized_len"]  # the names of either package
 
 TUNERS = {"BatchSizeFinder", "LearningRateFinder"}
 AVERAGERS = {"StochasticWeightAveraging", "WeightAveraging"}
@@ -122,21 +95,6 @@ def root_of(strategy: Strategy) -> nn.Module:
     return cast("nn.Module", strategy.model)
 
 
-def matching(patterns: list[str], pl_module: LightningModule) -> list[Tensor]:
-    """The parameters with a name that matches one of the patterns; raises if one matches none."""
-    found: dict[Tensor, None] = {}
-    names = names_in(pl_module)
-    for pattern in patterns:
-        own = [parameter for parameter, its in names.items() if any(fnmatchcase(name, pattern) for name in its)]
-        if not own:
-            message = (
-                f"exclude={pattern!r} matches no parameter: names are {', '.join(its[0] for its in names.values())}."
-            )
-            raise ValueError(message)
-        found.update(dict.fromkeys(own))
-    return list(found)
-
-
 def check_trainer(trainer: Trainer) -> None:
     """Raise if the Trainer has a strategy that is not supported or more than one LookaheadCallback."""
     if sum(is_a(callback, ["LookaheadCallback"]) for callback in callbacks_of(trainer)) > 1:
@@ -151,25 +109,6 @@ def check_trainer(trainer: Trainer) -> None:
             raise ValueError(message)
 
 
-def owned_by_others(optimizers: list[Optimizer], pl_module: LightningModule) -> list[list[Tensor]]:
-    """For each optimizer the parameters that an earlier one trains, too: they have one slow tensor, of that one."""
-    names = names_in(pl_module)
-    owner: dict[Tensor, int] = {}
-    found: list[list[Tensor]] = []
-    for index, optimizer in enumerate(optimizers):
-        found.append([p for p in parameters_of(optimizer) if owner.setdefault(p, index) != index])
-    shared = list(dict.fromkeys(parameter for own in found for parameter in own))
-    if shared:
-        first = names.get(shared[0], ["(of another module)"])[0]
-        others = f" and {len(shared) - 1} others are" if len(shared) > 1 else " is"
-        message = (
-            f"Lookahead: parameter {first!r}{others} in several optimizers. It is synced when the first of them,"
-            f" optimizer {owner[shared[0]]}, has taken its k steps."
-        )
-        warnings.warn(message, stacklevel=2)
-    return found
-
-
 def writes_folders(strategy: Strategy) -> bool:
     """Whether a strategy writes a checkpoint as a folder, each rank its own shards."""
     distributed = getattr(strategy, "_save_distributed_checkpoint", False)  # ModelParallelStrategy
@@ -182,11 +121,3 @@ def log_to_loggers(trainer: Trainer, values: dict[str, float]) -> None:
         return
     for logger in trainer.loggers:
         logger.log_metrics(values, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
-
-
-def check_sharded_options(**options: object) -> None:
-    """Raise if an option is set that looks at all of the weights, where each rank has a piece of them only."""
-    for name, value in options.items():
-        if value:
-            message = f"{name}={value!r} does not work with a strategy that shards the weights: leave it out."
-            raise ValueError(message)

@@ -14,8 +14,8 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as load_shards
 
-from lightning_lookahead._names import bare
-from lightning_lookahead._saved_format import (
+from lightning_lookahead.outer_loop.names import bare
+from lightning_lookahead.outer_loop.saved_format import (
     SHARDS,
     Weights,
     check_saved,
@@ -24,9 +24,9 @@ from lightning_lookahead._saved_format import (
     upgrade,
     without_words,
 )
-from lightning_lookahead._settings import dtype_of
-from lightning_lookahead._shards import KEY, listed
-from lightning_lookahead._tensors import checksum
+from lightning_lookahead.outer_loop.settings import dtype_of
+from lightning_lookahead.outer_loop.shards import KEY, listed
+from lightning_lookahead.outer_loop.tensors import checksum
 
 if TYPE_CHECKING:
     import os

@@ -9,7 +9,7 @@ from test_slow_weights import OPTIMIZERS, Problem
 from torch import nn
 
 from lightning_lookahead import LookaheadCallback, SlowWeights
-from lightning_lookahead.momentum import FIRST_MOMENTS, Momentum, state_names
+from lightning_lookahead.outer_loop.momentum import FIRST_MOMENTS, Momentum, state_names
 
 ALPHA, K, STEPS = 0.6, 2, 7
 

@@ -30,7 +30,7 @@ from torchmetrics import (
 )
 
 from lightning_lookahead import InnerOuterMonitor, LookaheadCallback
-from lightning_lookahead._undisturbed import undisturbed
+from lightning_lookahead.evaluation.isolation import undisturbed
 
 
 def fit(model, monitor=None, *callbacks, k=3, ckpt_path=None, **settings):

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_lookahead import SlowWeights, _cpu_buckets
-from lightning_lookahead._algorithm import outer_step
+from lightning_lookahead import SlowWeights
+from lightning_lookahead.outer_loop import cpu_buckets as _cpu_buckets
+from lightning_lookahead.outer_loop.algorithm import outer_step
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.complex64]
 shapes = st.lists(st.integers(0, 7), max_size=3).map(tuple)

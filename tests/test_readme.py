@@ -114,19 +114,9 @@ def test_the_tables_of_options_have_every_argument_with_its_default(heading, doc
     assert rows == {name: repr(argument.default).replace("'", '"') for name, argument in arguments.items()}
 
 
-@pytest.mark.parametrize("folder", ["lightning_lookahead/", "lightning_lookahead/theory/"])
-def test_the_map_of_the_code_names_every_module(folder):
-    (section,) = re.findall(rf"^{folder}(?:| .*)\n((?:  .*\n)+)", README, re.MULTILINE)
-    named = re.findall(r"^  (\w+\.py) ", section, re.MULTILINE)
-    assert sorted(named) == sorted({path.name for path in (ROOT / folder).glob("*.py")} - {"__init__.py"})
-
-
 def test_the_table_of_the_papers_programs_names_each_of_them():
     named = re.findall(r"^\| `(\w+\.py)` \|", README.split("## The paper")[1].split("\n## ")[0], re.MULTILINE)
     assert sorted(named) == sorted({path.name for path in (ROOT / "examples/paper").glob("*.py")} - {"results.py"})
-    inside = README.split("## Inside")[1]
-    shown = [*(ROOT / "examples/paper/lab").glob("*.py"), *(ROOT / "examples/benchmarks").glob("*.py")]
-    assert all(path.name in inside for path in shown if path.stem != "__init__")
 
 
 def test_public_names_are_those_that_exist():

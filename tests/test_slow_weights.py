@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from oracle import lookahead
 from torch import nn
 
-from lightning_lookahead import SlowWeights, slow_weights
+from lightning_lookahead import SlowWeights
+from lightning_lookahead.outer_loop import slow_weights
 
 DOUBLE = torch.float64
 OPTIMIZERS = [
@@ -363,7 +364,9 @@ def test_what_a_fused_kernel_skipped_is_read_once_in_a_cycle(monkeypatch):
         reads.append(len(steps))
         return read(tensor)
 
-    monkeypatch.setattr("lightning_lookahead._cpu_buckets.seem_finite", lambda _: True)  # which reads sums of weights
+    monkeypatch.setattr(
+        "lightning_lookahead.outer_loop.cpu_buckets.seem_finite", lambda _: True
+    )  # which reads sums of weights
     monkeypatch.setattr(torch.Tensor, "item", item)
     for step in range(8):
         steps.append(step)

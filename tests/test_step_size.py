@@ -4,8 +4,8 @@ import pytest
 import torch
 from test_slow_weights import Problem, equal, slow_values
 
-from lightning_lookahead import Constant, Cosine, Linear, LookaheadCallback, SlowWeights
-from lightning_lookahead.step_size import describe
+from lightning_lookahead import Cosine, Linear, LookaheadCallback, SlowWeights
+from lightning_lookahead.outer_loop.schedules import describe
 
 
 def by_hand(alphas, lengths, steps):
@@ -28,7 +28,6 @@ def by_hand(alphas, lengths, steps):
     [
         (Linear(start=0.5, end=1.0, syncs=2), [0.5, 0.75, 1.0, 1.0]),
         (Cosine(start=1.0, end=0.25, syncs=2), [1.0, 0.625, 0.25, 0.25]),
-        (Constant(0.3), [0.3] * 4),
         (lambda sync: 1 / (1 + sync), [1, 1 / 2, 1 / 3, 1 / 4]),
     ],
 )
@@ -76,7 +75,7 @@ def test_values_out_of_range_are_refused_at_once_or_when_they_come(make):
     for wrong, message in (
         ({"alpha": Linear(start=0.0, end=1.0, syncs=2)}, "alpha at sync 0=0.0 is out of range"),
         ({"alpha": lambda _: 2}, "alpha at sync 0=2 is out of range"),
-        ({"k": Constant(0)}, "k at sync 0=0 is out of range"),
+        ({"k": lambda _: 0}, "k at sync 0=0 is out of range"),
     ):
         with pytest.raises(ValueError, match=message):
             make(**wrong)

@@ -7,7 +7,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_lookahead import _tensors
+from lightning_lookahead.outer_loop import tensors as _tensors
 
 floats = st.floats(-1e6, 1e6, allow_nan=False)
 alphas = st.floats(1e-3, 1.0)

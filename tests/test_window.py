@@ -2,7 +2,7 @@
 
 import pytest
 
-from lightning_lookahead._window import Window
+from lightning_lookahead.evaluation.window import Window
 
 
 def seen(steps, k=5, first=0, **settings):

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Literal, SupportsIndex
 
 import numpy as np
 
-from lightning_lookahead._numbers import check_alpha, check_choice, check_k
+from lightning_lookahead._arguments import check_alpha, check_choice, check_k
 from lightning_lookahead.theory._checks import check_curvature, check_finite, check_momentum, check_positive
 
 if TYPE_CHECKING:

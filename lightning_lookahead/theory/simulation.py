@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, SupportsIndex
 
 import numpy as np
 
-from lightning_lookahead._numbers import check_alpha, check_k
+from lightning_lookahead._arguments import check_alpha, check_k
 from lightning_lookahead.theory._checks import (
     check_count,
     check_curvature,

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple, SupportsIndex
 
 import numpy as np
 
-from lightning_lookahead._numbers import check_k
+from lightning_lookahead._arguments import check_k
 from lightning_lookahead.theory._checks import check_curvature, check_finite, check_momentum
 from lightning_lookahead.theory._search import lowest
 from lightning_lookahead.theory.quadratic import Mode, lookahead_matrix, rate

@@ -10,7 +10,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torchmetrics import MeanSquaredError
 
 from lightning_lookahead import InnerOuterMonitor, LookaheadCallback, compare_weights
-from lightning_lookahead._evaluation import Evaluation
+from lightning_lookahead.evaluation.measure import Evaluation
 
 
 def regress(module, batch):  # noqa: ARG001 (the data are the ranks' own)

@@ -1,0 +1,1 @@
+"""Measuring a module without disturbing its training."""

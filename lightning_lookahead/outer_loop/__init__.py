@@ -1,0 +1,1 @@
+"""The outer loop of Lookahead around a torch optimizer. Imports torch alone."""

@@ -1,0 +1,46 @@
+"""Algorithm 1's outer step: the rule that everything here is about."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from lightning_lookahead.outer_loop.tensors import copy_, interpolate_
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
+
+    from torch import Tensor
+
+    from lightning_lookahead.outer_loop.cpu_buckets import CpuBuckets
+
+
+@torch.no_grad()
+def outer_step(
+    fast: Collection[Tensor], slow: Collection[Tensor], alpha: float, *, buckets: CpuBuckets | None = None
+) -> None:
+    """Move the slow weights part of the way to the fast ones, and put the fast ones there.
+
+    ::
+
+        phi   <- phi + alpha * (theta - phi)
+        theta <- phi
+
+    The second line copies and never recomputes: both are equal bit for bit then, in every dtype. With an alpha of 1
+    both are theta. No collective is issued, and nothing waits for the device: of sharded weights these are the pieces
+    that this rank has.
+
+    Args:
+        fast: theta.
+        slow: phi, of the same shapes. Of a wider dtype perhaps, or on another device.
+        alpha: The slow weights step size, in (0, 1].
+        buckets: The same tensors, arranged for a CPU: the same values in fewer calls.
+
+    Source: Zhang, Lucas, Hinton, Ba 2019, Algorithm 1.
+    """
+    if buckets is not None:
+        buckets.outer_step(alpha)
+        return
+    interpolate_(slow, fast, alpha)
+    copy_(fast, slow)

@@ -1,0 +1,76 @@
+"""The alpha of a sync: a number, a schedule's, or estimated."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch.nn.parallel import DistributedDataParallel
+
+from lightning_lookahead.outer_loop.adaptive import AdaptiveAlpha, TrainingLoss
+from lightning_lookahead.outer_loop.momentum import state_names
+from lightning_lookahead.outer_loop.schedules import alpha_at
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
+    from lightning_lookahead.outer_loop.cycles import Cycle
+    from lightning_lookahead.outer_loop.parameters import Parameters
+    from lightning_lookahead.outer_loop.settings import Settings
+
+
+class Alpha:
+    """Tells each sync its step size.
+
+    Args:
+        optimizer: The inner optimizer, whose state some estimates need.
+        settings: The ``alpha`` of all groups that have none of their own.
+        parameters: Whether they are sharded, and in what they are.
+        loss: The training loss, which other estimates need, if it is known from the start.
+        comes_later: Whether somebody sets `loss` before a sync needs it.
+
+    Attributes:
+        loss: The training loss of the last batch.
+        last: The step size of the last sync.
+
+    Raises:
+        ValueError: If an estimate lacks what it needs.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        settings: Settings,
+        parameters: Parameters,
+        loss: TrainingLoss | None,
+        *,
+        comes_later: bool,
+    ) -> None:
+        self._optimizer, self._parameters = optimizer, parameters
+        self.loss = loss
+        self.last: float | None = None
+        alpha = settings.alpha
+        if not isinstance(alpha, AdaptiveAlpha):
+            return
+        if parameters.sharded:
+            message = f"alpha={alpha} does not work with sharded parameters: give a number or a schedule."
+            raise ValueError(message)
+        if alpha.needs_loss and loss is None and not comes_later:
+            message = f"alpha={alpha} needs the training loss: give a function that computes it, loss=."
+            raise ValueError(message)
+        for group in optimizer.param_groups:
+            alpha.check(state_names(optimizer, group), optimizer)
+
+    def of(self, cycle: Cycle) -> float:
+        """The step size of the sync that ends a cycle, in (0, 1]."""
+        source, moving = cycle.step_size, cycle.moving
+        if not isinstance(source, AdaptiveAlpha):
+            alpha = alpha_at(source, cycle.syncs)
+        elif not moving.fast or (source.needs_loss and self.loss is None):  # due when the run was stopped
+            alpha = source.alpha_low
+        else:
+            reduce = source.needs_loss and isinstance(self._parameters.module, DistributedDataParallel)
+            weights = dict(zip(moving.fast, moving.slow, strict=True))
+            alpha = source.step_size(self._optimizer, weights, self.loss, reduce=reduce)
+        if moving.fast:  # not all frozen
+            self.last = alpha
+        return alpha

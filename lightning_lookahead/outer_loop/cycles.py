@@ -1,0 +1,203 @@
+"""Which parameters sync together, and when: an optimizer's groups may have a k and an alpha of their own."""
+
+from __future__ import annotations
+
+import operator
+import warnings
+from itertools import chain, repeat
+from typing import TYPE_CHECKING, Any
+
+from lightning_lookahead._arguments import check_alpha, check_k
+from lightning_lookahead.outer_loop.cpu_buckets import CpuBuckets
+from lightning_lookahead.outer_loop.saved_format import GROUP_SETTINGS
+from lightning_lookahead.outer_loop.schedules import Length, StepSize, k_at
+from lightning_lookahead.outer_loop.weight_pairs import Moving
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterator
+
+    from torch import Tensor
+    from torch.optim import Optimizer
+
+    from lightning_lookahead.outer_loop.inner_steps import InnerSteps
+    from lightning_lookahead.outer_loop.settings import Settings
+    from lightning_lookahead.outer_loop.weight_pairs import WeightPairs
+
+
+class Cycle:
+    """The inner steps from one sync to the next, of the parameters that the sync moves.
+
+    Attributes:
+        step_size: That of the sync that ends it, or where it comes from.
+        begins: Inner steps before it.
+        syncs: Syncs before it.
+        weights: Its parameters, theta -> phi.
+        moving: Those that the sync at its end moves, after `split`.
+        still: Those that it does not, theta -> phi.
+    """
+
+    def __init__(self, k: Length, alpha: StepSize, begins: int) -> None:
+        self._k = k
+        self.step_size = alpha
+        self.begins, self.syncs = begins, 0
+        self.weights: dict[Tensor, Tensor] = {}
+        self.moving = Moving([], [])
+        self.still: dict[Tensor, Tensor] = {}
+
+    @property
+    def ends(self) -> int:
+        """Inner steps before the sync that ends it."""
+        return self.begins + k_at(self._k, self.syncs)
+
+    def split(self, idle: Collection[Tensor]) -> None:
+        """Say what the sync moves: all but the ``idle``, arranged anew if they are others or elsewhere than before."""
+        self.still = {p: phi for p, phi in self.weights.items() if p in idle} if idle else {}
+        own = {p: phi for p, phi in self.weights.items() if p not in self.still} if self.still else self.weights
+        fast, slow, known = list(own), list(own.values()), self.moving
+        if not (_same(known.fast, fast) and _same(known.slow, slow) and (known.buckets is None or known.buckets.fit)):
+            self.moving = Moving(fast, slow, CpuBuckets.arranged(fast, slow))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "moving": Moving([], []), "still": {}}
+
+
+class Cycles:
+    """The cycles of an optimizer: one, unless groups have a ``"lookahead_k"`` or ``"lookahead_alpha"`` of their own.
+
+    Groups with the same settings share one. They are in the order in which the groups first name them.
+
+    Args:
+        optimizer: The optimizer.
+        settings: The ``k`` and ``alpha`` of groups that have none of their own, and when the first cycle begins.
+        steps: The inner steps that are counted.
+    """
+
+    def __init__(self, optimizer: Optimizer, settings: Settings, steps: InnerSteps) -> None:
+        self._optimizer, self.steps = optimizer, steps
+        self._k, self._alpha, self._start = settings.k, settings.alpha, settings.start_step
+        self._by_settings: dict[tuple[Any, Any], Cycle] = {}
+        self.update({})
+
+    def __iter__(self) -> Iterator[Cycle]:
+        return iter(self._by_settings.values())
+
+    def __len__(self) -> int:
+        return len(self._by_settings)
+
+    def update(self, weights: dict[Tensor, Tensor]) -> None:
+        """Look at the groups again: what is new begins now, what no group has ends.
+
+        Args:
+            weights: theta -> phi of all trained parameters; each cycle takes its own.
+        """
+        known, self._by_settings = self._by_settings, {}
+        groups: dict[Cycle, list[dict[str, Any]]] = {}
+        for group in self._optimizer.param_groups:
+            k, alpha = settings = _settings(group)
+            cycle = known.get(settings) or Cycle(
+                self._k if k is None else k, self._alpha if alpha is None else alpha, self._now
+            )
+            groups.setdefault(self._by_settings.setdefault(settings, cycle), []).append(group)
+        for cycle, own in groups.items():
+            cycle.weights = weights if len(groups) == 1 else _those_of(own, weights)
+
+    @property
+    def _now(self) -> int:
+        """Inner steps so far, or those before the first cycle."""
+        return max(self.steps.total, self._start)
+
+    @property
+    def first(self) -> Cycle:
+        """That of the optimizer's first group."""
+        return next(iter(self))
+
+    def since(self, cycle: Cycle) -> int:
+        """Inner steps since a cycle began."""
+        return max(self.steps.total - cycle.begins, 0)
+
+    def ended(self) -> list[Cycle]:
+        """Those whose ``k`` inner steps were taken; reads the device only if there may be one."""
+        return [cycle for cycle in self if self.steps.reached(cycle.ends)]
+
+    def begun(self) -> list[Cycle]:
+        """Those that have an inner step."""
+        return [cycle for cycle in self if self.since(cycle)]
+
+    def due(self, pairs: WeightPairs, *, begun: bool) -> list[Cycle]:
+        """Those that a sync ends now, and what it moves: all that have an inner step, or the ended ones, or all."""
+        pairs.track_replaced()
+        self.update(pairs.counterparts)
+        found = self.begun() if begun else self.ended() or list(self)
+        for cycle in found:  # of a cycle without a step nothing can be said of gradients
+            cycle.split(pairs.idle if self.since(cycle) else ())
+        return found
+
+    @property
+    def at_sync(self) -> bool:
+        """Whether theta is phi: training has not begun, or no inner step was taken since a sync."""
+        return not self.begun() and (not self.steps.total or any(cycle.syncs for cycle in self))
+
+    @property
+    def steps_since_sync(self) -> int:
+        """Inner steps since the last sync, of the cycle that waits longest."""
+        return max(self.since(cycle) for cycle in self)
+
+    def begin_next(self, cycle: Cycle) -> None:
+        """Begin a cycle again, after its sync."""
+        cycle.begins = self._now
+
+    def counters(self) -> dict[str, Any]:
+        """The counts, for a checkpoint."""
+        first, *others = [{"steps_since_sync": self.since(cycle), "syncs": cycle.syncs} for cycle in self]
+        return {"steps": self.steps.total, **first, **({"groups": others} if others else {})}
+
+    def restore(self, saved: dict[str, Any], weights: dict[Tensor, Tensor]) -> None:
+        """Go on from saved counts."""
+        self.steps.restore(saved["steps"])
+        self.update(weights)
+        new = {"steps_since_sync": 0, "syncs": 0}  # of groups that were added since
+        for cycle, own in zip(self, chain([saved, *saved.get("groups", [])], repeat(new)), strict=False):
+            cycle.begins = max(saved["steps"] - own["steps_since_sync"], self._start)
+            cycle.syncs = own["syncs"]
+
+
+def _those_of(groups: list[dict[str, Any]], weights: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
+    own = {parameter for group in groups for parameter in group["params"]}
+    return {parameter: phi for parameter, phi in weights.items() if parameter in own}
+
+
+def _same(left: list[Tensor], right: list[Tensor]) -> bool:
+    return len(left) == len(right) and all(map(operator.is_, left, right))
+
+
+def _settings(group: dict[str, Any]) -> tuple[int | None, float | None]:
+    """A group's own k and alpha, which are numbers: they are saved with the optimizer."""
+    k, alpha = group.get("lookahead_k"), group.get("lookahead_alpha")
+    return (
+        None if k is None else check_k(k, "lookahead_k"),
+        None if alpha is None else check_alpha(alpha, "lookahead_alpha"),
+    )
+
+
+class KeptSettings:
+    """What groups have of their own, while a state is loaded: torch takes a group's further keys from the file."""
+
+    def __init__(self) -> None:
+        self._own: list[dict[str, Any]] = []
+
+    def before(self, optimizer: Optimizer, _: object) -> None:
+        """Remember this run's."""
+        self._own = [
+            {name: group[name] for name in GROUP_SETTINGS if name in group} for group in optimizer.param_groups
+        ]
+
+    def after(self, optimizer: Optimizer) -> None:
+        """Put this run's back, with a warning if the file has others."""
+        for group, now in zip(optimizer.param_groups, self._own, strict=False):
+            then = {name: group.pop(name) for name in GROUP_SETTINGS if name in group}
+            if then != now:
+                message = (
+                    f"The checkpoint's Lookahead settings of a group are {then}, and this run's {now}. Those are used."
+                )
+                warnings.warn(message, stacklevel=2)
+            group.update(now)

@@ -1,0 +1,156 @@
+"""Around each inner step: what is counted, what begins there, and what comes after the k-th."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from lightning_lookahead.outer_loop.cycles import KeptSettings
+from lightning_lookahead.outer_loop.inner_steps import is_rehearsal
+from lightning_lookahead.outer_loop.names import unwrapped
+from lightning_lookahead.outer_loop.persistence import WhenLoaded
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import nn
+    from torch.optim import Optimizer
+
+    from lightning_lookahead.outer_loop.cycles import Cycles
+    from lightning_lookahead.outer_loop.persistence import Persistence
+    from lightning_lookahead.outer_loop.settings import Settings
+    from lightning_lookahead.outer_loop.weight_pairs import WeightPairs
+
+
+class InnerLoop:
+    """Watches one optimizer: begins the first cycle with its first step, counts the steps, and says when a cycle ends.
+
+    Args:
+        optimizer: The inner optimizer. All hooks on it are this object's.
+        settings: When the first cycle begins.
+        pairs: The two sets of weights.
+        cycles: The counts.
+        persistence: What was loaded and waits for the first step.
+
+    Raises:
+        ValueError: If somebody watches the optimizer already.
+    """
+
+    def __init__(
+        self, optimizer: Optimizer, settings: Settings, pairs: WeightPairs, cycles: Cycles, persistence: Persistence
+    ) -> None:
+        hooks = getattr(optimizer, "_optimizer_step_pre_hooks", {}).values()
+        if any(isinstance(getattr(hook, "__self__", None), InnerLoop) for hook in hooks):
+            message = "optimizer has slow weights already, which would pull back twice: close() those first."
+            raise ValueError(message)
+        self._optimizer, self._settings = optimizer, settings
+        self._pairs, self._cycles, self._persistence = pairs, cycles, persistence
+        self._steps = cycles.steps
+        self._first_step = False  # whether the step that is under way begins the first cycle, or goes on with a run
+        self._hooks: list[Any] = []
+
+    # -- a step
+
+    def _before_step(self, _: Optimizer, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        if is_rehearsal(self._optimizer):
+            return
+        has_closure = named.get("closure") is not None or len(arguments) > 1
+        has_gradient = self._steps.has_gradient
+        if not self._steps.begin(moves=has_gradient and not has_closure):
+            return
+        if self._pairs.active == "slow":
+            message = (
+                "optimizer.step() was called while the parameters hold the slow weights: step after the"
+                " `with ...use('slow')` block (or the validation) is left."
+            )
+            raise RuntimeError(message)
+        self._first_step = not self._pairs.begun or self._persistence.pending is not None
+        if self._first_step:  # as far as can be known: without a closure, too, a step may compute its own gradients
+            self._begin(computes=has_closure or not has_gradient)
+        self.track_new()
+        if not has_closure:  # which will compute others
+            self._pairs.note_gradients()
+
+    def _begin(self, *, computes: bool) -> None:
+        """Begin, or go on with, training: what was loaded takes its place for good.
+
+        Args:
+            computes: Whether the step that begins computes the gradients, at the weights that are there by then.
+        """
+        pending = self._persistence.pending
+        if pending is not None and not computes and not pending.in_place:
+            message = (
+                "The model was loaded with its slow weights after SlowWeights.load_state_dict, and a step was taken"
+                " at once: its gradient is not that of the fast weights. Call swap_to('fast') when all is loaded, or"
+                " load SlowWeights last, or give it the module."
+            )
+            raise RuntimeError(message)
+        begins = self._steps.reached(self._settings.start_step)
+        if begins or pending is not None:
+            self._persistence.place()
+        if begins and not self._pairs.begun:  # what was trained before the first cycle is not in it
+            self._pairs.idle = dict.fromkeys(self._pairs.counterparts)
+        self._persistence.let_go(begins=begins)
+
+    def track_new(self) -> None:
+        """Take in parameters that were added or unfrozen: their slow weights begin where they are now."""
+        if self._pairs.track_new():
+            self._cycles.update(self._pairs.counterparts)
+
+    def _after_step(self, *_: object) -> None:
+        if is_rehearsal(self._optimizer):
+            return
+        self._pairs.note_gradients()
+        counted = self._steps.end()
+        first = self._first_step and self._steps.counted <= self._settings.start_step
+        if first and not counted and not self._steps.under_way:
+            self._pairs.begun = False  # there was no gradient: the first cycle has not begun
+        if counted and self._settings.slow_device and self._steps.counted + 1 in {c.ends for c in self._cycles}:
+            self._pairs.prepare()
+        if counted and self._sync is not None and self._cycles.ended():
+            self._sync()
+
+    # -- hooks
+
+    @property
+    def watches(self) -> bool:
+        """Whether steps are counted: from the start until `close`."""
+        return bool(self._hooks)
+
+    def watch(self, sync: Callable[[], None] | None, module: nn.Module | None) -> None:
+        """Begin to watch.
+
+        Args:
+            sync: What to call in the step that ends a cycle, if anything.
+            module: A module that is to tell when it was loaded.
+        """
+        self._sync, self._module = sync, module
+        optimizer, kept = self._optimizer, KeptSettings()
+        self._hooks = [
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
+        ]
+        if hasattr(optimizer, "_optimizer_load_state_dict_pre_hooks"):  # some wrappers have made themselves without
+            self._hooks += [
+                optimizer.register_load_state_dict_pre_hook(kept.before),
+                optimizer.register_load_state_dict_post_hook(kept.after),
+            ]
+        if module is not None:
+            named: Any = unwrapped(module)
+            self._hooks.append(named.register_load_state_dict_post_hook(WhenLoaded(self._persistence)))
+
+    def close(self) -> None:
+        """Let go of the optimizer."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        self._steps.close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # An optimizer leaves its hooks behind when it is copied or pickled, and so does this object.
+        return {**self.__dict__, "_hooks": bool(self._hooks)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        watches = state["_hooks"]
+        self.__dict__.update({**state, "_hooks": []})
+        if watches:
+            self.watch(self._sync, self._module)

@@ -1,0 +1,42 @@
+"""Fast weights that are infinite or no number, at a sync: whether there are any, and what is said of them."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING
+
+from lightning_lookahead.outer_loop.sharding import any_rank
+
+if TYPE_CHECKING:
+    from lightning_lookahead.outer_loop.parameters import Parameters
+    from lightning_lookahead.outer_loop.settings import Nonfinite
+    from lightning_lookahead.outer_loop.weight_pairs import Moving
+
+
+def all_finite(moving: Moving, nonfinite: Nonfinite, parameters: Parameters) -> bool:
+    """Whether all fast weights are finite; if not, warn, or raise if ``nonfinite`` says so.
+
+    Args:
+        moving: What the sync moves, nothing perhaps.
+        nonfinite: What to do.
+        parameters: What they are called, and whether they are spread over ranks, which all have to do the same.
+
+    Raises:
+        RuntimeError: With the name of the first parameter that is not.
+    """
+    bad = moving.not_finite()
+    found = bool(bad)
+    if parameters.sharded and nonfinite != "raise":  # also of a rank that has no piece of what was trained
+        found = any_rank(found, parameters.device)
+    if not found:
+        return True
+    first = parameters.describe(moving.fast[bad[0]]) if bad else "A parameter on another rank"
+    what = f"{first} has a value that is not finite, and so have {max(len(bad) - 1, 0)} others"
+    if nonfinite == "raise":
+        message = (
+            f"{what}: the slow weights are as they were after the last sync. Lower the learning rate or clip gradients,"
+            " or go on with nonfinite='skip' or 'restore'."
+        )
+        raise RuntimeError(message)
+    warnings.warn(f"Lookahead: {what}: nonfinite={nonfinite!r}, no sync.", stacklevel=4)
+    return False

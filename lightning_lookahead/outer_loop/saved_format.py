@@ -1,0 +1,245 @@
+"""Everything that a checkpoint holds of ours: each key, the version, and how older versions are read.
+
+The state of one outer loop, what `SlowWeights.state_dict` returns:
+
+===================  =========================================================================================
+``k``, ``alpha``...  `Settings.saved`, to compare with a run that goes on
+``steps``            inner steps taken
+``steps_since_sync`` inner steps since the last sync
+``syncs``            syncs done
+``groups``           the last two for each further cycle, if groups have a ``k`` or ``alpha`` of their own
+``trained``          names of the parameters that have two sets: they do also where a run that goes on has frozen them
+``idle``             names of those that have had no gradient since their last sync; None: all
+``saved_with``       ``"slow"`` or ``"fast"``: the set that the model's own ``state_dict`` holds
+``weights``          the other set: its name -> parameter name -> tensor; slow weights that the model's ``state_dict``
+                     cannot hold without rounding, too
+``momentum``         the inner momentum after the last sync (``pullback_momentum="pullback"``): name of the optimizer's
+                     entry -> parameter name -> tensor
+``statistics``       the other set of BatchNorm statistics (``buffers="sync"``), as ``weights`` are
+``checksums``        set -> parameter name -> CRC-32 of the values, of what is in the model's ``state_dict`` and of
+                     ``weights``; empty if they are sharded
+===================  =========================================================================================
+
+Where parameters have no names they go by their place in the optimizer, ``"[0]"``. In a shard, which has the type of its
+parameter, a slow weight of a wider type is cut into words: ``"slow"``, ``"slow.1"``, ...
+
+The callback's state in a Lightning checkpoint: ``lookahead_version``, its settings, ``optimizers`` (the state of one
+outer loop for each), ``aliases`` (lists of names that share a parameter), ``monitor``. What is a tensor lies there in
+one file. In a folder of shards it lies in the state of the first optimizer under `SHARDS`, beside ``state`` and
+``param_groups``, where torch and Lightning look for nothing.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import torch
+
+from lightning_lookahead.outer_loop.settings import dtype_of
+from lightning_lookahead.outer_loop.tensors import checksum
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from torch import Tensor
+
+Weights = Literal["slow", "fast"]
+"""Which set of weights: ``"slow"`` is phi, ``"fast"`` is theta."""
+
+OTHER: dict[Weights, Weights] = {"slow": "fast", "fast": "slow"}
+
+VERSION = 2
+"""Version of what a checkpoint holds of ours, raised when an older reader would get it wrong."""
+
+SHARDS = "lookahead"
+"""Where a folder of shards has the tensors, in the state of the first optimizer."""
+
+TENSORS = ("weights", "momentum", "statistics")
+"""The parts of a state that are tensors, each of them a dict of dicts of tensors."""
+
+GROUP_SETTINGS = ("lookahead_k", "lookahead_alpha")
+"""What a param group may have of its own."""
+
+
+def words(value: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    """A tensor as tensors of its shape and of another type, bit for bit: several if it is wider, rounded never."""
+    if value.dtype == dtype or value.element_size() < dtype.itemsize:
+        return [value.to(dtype)]
+    return list(value.contiguous().unsqueeze(-1).view(dtype).unbind(-1))
+
+
+def joined(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """The tensor of this type that was cut into `words`."""
+    if parts[0].dtype == dtype or dtype.itemsize < parts[0].element_size():
+        return parts[0].to(dtype)
+    return torch.stack(list(parts), -1).view(dtype).squeeze(-1)
+
+
+def word_key(name: str, index: int) -> str:
+    """What a word of an entry is called."""
+    return f"{name}.{index}" if index else name
+
+
+def without_words(entries: Mapping[str, Mapping[str, Tensor]], dtypes: Mapping[str, torch.dtype]) -> dict[str, Any]:
+    """Entries of a state with the words of each tensor joined; ``dtypes`` are those of the slow weights, by name."""
+    whole: dict[str, dict[str, Tensor]] = {}
+    for key, values in entries.items():
+        if "." in key:
+            continue
+        for name, value in values.items():
+            parts = [value]
+            while name in entries.get(word_key(key, len(parts)), {}):
+                parts.append(entries[word_key(key, len(parts))][name])
+            dtype = dtypes.get(name, value.dtype) if key == "slow" else value.dtype
+            whole.setdefault(key, {})[name] = joined(parts, dtype)
+    return whole
+
+
+def slow_dtype(dtype: torch.dtype, chosen: torch.dtype | None) -> torch.dtype:
+    """The type of a parameter's slow weights: what was chosen, or its own, but at least float32."""
+    if not dtype.is_floating_point:
+        return dtype
+    return chosen or torch.promote_types(dtype, torch.float32)
+
+
+# -- what is refused
+
+
+def check_weights(weights: str, argument: str = "weights") -> None:
+    """Raise unless ``weights`` is ``"slow"`` or ``"fast"``."""
+    if weights not in get_args(Weights):
+        message = f"{argument}={weights!r} is unknown: give 'slow' (phi) or 'fast' (theta)."
+        raise ValueError(message)
+
+
+def check_saved(state: object, where: object = "The checkpoint") -> None:
+    """Raise unless this is what a callback of this version has saved."""
+    version = state.get("lookahead_version") if isinstance(state, dict) else None
+    if not isinstance(state, dict) or version != VERSION:
+        message = (
+            f"{where} has Lookahead state of version {version!r}; this package reads version {VERSION}. Take the"
+            " version of lightning-lookahead that saved it, or a newer one."
+        )
+        raise ValueError(message)
+    if not isinstance(state.get("optimizers"), list):
+        message = f"{where} has damaged Lookahead state: its counters ('optimizers') are missing."
+        raise ValueError(message)  # noqa: TRY004 (it comes from a file)
+    for counters in state["optimizers"]:
+        check_state(counters)
+    check_weights(state.get("eval_weights", "(missing)"), f"{where}: eval_weights")
+
+
+def check_state(state: object) -> None:
+    """Raise unless this is the state of one outer loop: counts that fit together, tensors where there may be some."""
+    if not isinstance(state, dict):
+        message = f"The saved Lookahead state is {state!r}; it must be a dict of steps, steps_since_sync and syncs."
+        raise ValueError(message)  # noqa: TRY004 (it comes from a file)
+    for name in ("steps", "steps_since_sync", "syncs"):
+        value = state.get(name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            message = f"state_dict[{name!r}] is {value!r}; it must be an integer of at least 0."
+            raise ValueError(message)
+    groups = state.get("groups", [])
+    if not isinstance(groups, list) or not all(_is_group(group, state["steps"]) for group in groups):
+        message = f"state_dict['groups'] is {groups!r}; it must be a list of dicts of steps_since_sync and syncs."
+        raise ValueError(message)
+    since, total = state["steps_since_sync"], state["steps"]
+    if since > total:
+        message = f"state_dict has steps_since_sync={since} and steps={total}; it cannot be more."
+        raise ValueError(message)
+    for key in ("trained", "idle"):
+        _check_names(key, state.get(key))
+    check_weights(state.get("saved_with", "slow"), "state_dict['saved_with']")
+    dtype_of(state.get("slow_dtype"))
+    for part in TENSORS:
+        entries = state.get(part, {})
+        if not isinstance(entries, dict) or not all(_are_tensors(values) for values in entries.values()):
+            message = f"state_dict[{part!r}] is damaged: it must be a dict of dicts of tensors."
+            raise ValueError(message)
+    sums = state.get("checksums", {})
+    if not isinstance(sums, dict) or not all(_are_integers(values) for values in sums.values()):
+        message = "state_dict['checksums'] is damaged: it must be a dict of dicts of integers."
+        raise ValueError(message)
+
+
+def _check_names(key: str, names: object) -> None:
+    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        message = f"state_dict[{key!r}] is {names!r}; it must be a list of names of parameters, or None."
+        raise ValueError(message)
+
+
+def _is_group(group: object, total: int) -> bool:
+    if not isinstance(group, dict):
+        return False
+    since, syncs = group.get("steps_since_sync"), group.get("syncs")
+    return (
+        type(since) is int and 0 <= since <= total and type(syncs) is int and syncs >= 0
+    )  # `sync_now()` takes no step
+
+
+def _are_tensors(values: object) -> bool:
+    return isinstance(values, dict) and all(
+        hasattr(value, "shape") or hasattr(value, "local_shards") for value in values.values()
+    )
+
+
+def _are_integers(values: object) -> bool:
+    return isinstance(values, dict) and all(type(value) is int for value in values.values())
+
+
+def check_entries(entry: str, values: dict[str, Tensor], parameters: dict[str, Tensor]) -> None:
+    """Raise unless the values that were saved have the shapes of the parameters of their names."""
+    for name, value in values.items():
+        if name in parameters and tuple(value.shape) != tuple(parameters[name].shape):
+            message = (
+                f"The checkpoint has {entry} weights of shape {tuple(value.shape)} for parameter {name!r} of shape"
+                f" {tuple(parameters[name].shape)}: it is of another model. Load it into the model that it was saved"
+                " from, or start a new run from its weights alone."
+            )
+            raise ValueError(message)
+
+
+def check_sums(entries: dict[str, dict[str, Tensor]], sums: dict[str, dict[str, int]]) -> None:
+    """Raise if a weight does not have the checksum that it was saved with."""
+    for entry, values in entries.items():
+        for name, value in values.items():
+            if name in sums.get(entry, {}) and checksum(value) != sums[entry][name]:
+                message = f"The {entry} weights of {name!r} are not those that were saved: the file is damaged."
+                raise ValueError(message)
+
+
+# -- version 1: the other set was in the optimizers' states, as entries of these names
+
+_ENTRIES_1 = {
+    "lookahead_slow": ("weights", "slow"),
+    "lookahead_fast": ("weights", "fast"),
+    "lookahead_momentum_buffer": ("momentum", "momentum_buffer"),
+    "lookahead_exp_avg": ("momentum", "exp_avg"),
+}
+
+
+def upgrade(checkpoint: dict[str, Any], ours: dict[str, Any]) -> None:
+    """Make a file of version 1, whose callback's state is ``ours``, one of this version, in place."""
+    if ours.get("lookahead_version") != 1 or not isinstance(ours.get("optimizers"), list):
+        return
+    ours["lookahead_version"], ours["aliases"] = VERSION, ours.pop("tied", [])
+    names = [[(aliases or [f"[{at}]"])[0] for at, aliases in enumerate(part)] for part in ours.pop("names", [])]
+    statistics = ours.pop("statistics", [])
+    for index, (state, optimizer) in enumerate(
+        zip(ours["optimizers"], checkpoint.get("optimizer_states", []), strict=False)
+    ):
+        keys = [key for group in optimizer["param_groups"] for key in group["params"]]
+        by_key = dict(zip(keys, names[index], strict=False))
+        for key, own in optimizer["state"].items():
+            for entry in _ENTRIES_1.keys() & own.keys():
+                part, name = _ENTRIES_1[entry]
+                state.setdefault(part, {}).setdefault(name, {})[by_key.get(key, key)] = own.pop(entry)
+        optimizer["state"] = {key: own for key, own in optimizer["state"].items() if own}
+        state["saved_with"] = ours["eval_weights"]
+        sums = dict(zip(by_key.values(), state.get("checksums", []), strict=False))
+        state["checksums"] = {ours["eval_weights"]: sums}
+        if "statistics" in state:
+            state["statistics"] = {
+                which: dict(zip(statistics[index], values, strict=True))
+                for which, values in state["statistics"].items()
+            }

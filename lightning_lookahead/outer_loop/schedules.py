@@ -1,0 +1,118 @@
+"""How far the slow weights go at a sync, and how long a cycle is: a number, or one that changes from sync to sync."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
+from typing_extensions import override
+
+from lightning_lookahead._arguments import check_alpha, check_k
+from lightning_lookahead.outer_loop.adaptive import AdaptiveAlpha
+
+StepSize = float | Callable[[int], float] | AdaptiveAlpha
+"""alpha, a function that gives it, of the number of syncs done, or a way to estimate it."""
+Length = int | Callable[[int], float]
+"""k, or a function that gives it, of the number of syncs done; it is rounded."""
+
+
+class Schedule(ABC):
+    """A value for each sync: an ``alpha`` or a ``k`` that changes in training. Any function of an int will do, too."""
+
+    @abstractmethod
+    def __call__(self, sync: int) -> float:
+        """The value for the sync that ``sync`` others came before."""
+
+
+class _Ramp(Schedule):
+    def __init__(self, start: float, end: float, syncs: int) -> None:
+        if isinstance(syncs, bool) or not isinstance(syncs, int) or syncs < 1:
+            message = f"syncs={syncs!r} is out of range: the length of a schedule must be an integer of at least 1."
+            raise ValueError(message)
+        self.start, self.end, self.syncs = start, end, syncs
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(start={self.start}, end={self.end}, syncs={self.syncs})"
+
+    def _done(self, sync: int) -> float:
+        return min(sync / self.syncs, 1.0)
+
+
+class Linear(_Ramp):
+    """From one value to another in equal steps.
+
+    Args:
+        start: The value for the first sync.
+        end: The value after ``syncs`` syncs, and from then on.
+        syncs: Syncs from one to the other; at least 1.
+
+    Raises:
+        ValueError: If ``syncs`` is out of range.
+
+    Example:
+        >>> [Linear(start=0.5, end=1.0, syncs=2)(sync) for sync in (0, 1, 2, 9)]
+        [0.5, 0.75, 1.0, 1.0]
+    """
+
+    @override
+    def __call__(self, sync: int) -> float:
+        done = self._done(sync)
+        return (1 - done) * self.start + done * self.end
+
+
+class Cosine(_Ramp):
+    """From one value to another along half a cosine: slowly at both ends.
+
+    Args:
+        start: The value for the first sync.
+        end: The value after ``syncs`` syncs, and from then on.
+        syncs: Syncs from one to the other; at least 1.
+
+    Raises:
+        ValueError: If ``syncs`` is out of range.
+
+    Example:
+        >>> [round(Cosine(start=1.0, end=0.5, syncs=4)(sync), 3) for sync in (0, 1, 2, 4, 9)]
+        [1.0, 0.927, 0.75, 0.5, 0.5]
+    """
+
+    @override
+    def __call__(self, sync: int) -> float:
+        done = (1 - math.cos(math.pi * self._done(sync))) / 2
+        return (1 - done) * self.start + done * self.end
+
+
+def check_step_size(alpha: StepSize, name: str = "alpha") -> StepSize:
+    """Return ``alpha``; raise unless it is a number in (0, 1] or a function that begins with one."""
+    if isinstance(alpha, AdaptiveAlpha):
+        return alpha
+    alpha_at(alpha, 0, name)
+    return alpha if callable(alpha) else float(alpha)
+
+
+def check_length(k: Length, name: str = "k") -> Length:
+    """Return ``k``; raise unless it is an integer of at least 1 or a function that begins with one."""
+    if callable(k):
+        k_at(k, 0, name)
+        return k
+    return check_k(k, name)
+
+
+def alpha_at(alpha: float | Callable[[int], float], sync: int, name: str = "alpha") -> float:
+    """The step size for a sync; raises if it is out of range."""
+    return check_alpha(alpha(sync), f"{name} at sync {sync}") if callable(alpha) else check_alpha(alpha, name)
+
+
+def k_at(k: Length, sync: int, name: str = "k") -> int:
+    """The inner steps of the cycle that ends with a sync; raises if a schedule gives what is out of range."""
+    return check_k(round(k(sync)), f"{name} at sync {sync}") if callable(k) else k  # looked at in every step
+
+
+def describe(value: StepSize | Length) -> float | str:
+    """A number as it is; of a function a name, for a checkpoint to compare with."""
+    if isinstance(value, (Schedule, AdaptiveAlpha)):
+        return repr(value)
+    if not callable(value):
+        return value
+    return getattr(value, "__qualname__", type(value).__qualname__)

@@ -1,0 +1,98 @@
+"""What one outer loop is told: each option once, with its default and its check."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import torch
+
+from lightning_lookahead._arguments import check_choice
+from lightning_lookahead.outer_loop.schedules import Length, StepSize, check_length, check_step_size, describe
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+PullbackMomentum = Literal["none", "reset", "pullback"]
+Nonfinite = Literal["raise", "skip", "restore"]
+Buffers = Literal["keep", "sync"]
+SlowDtype = Literal["float32", "float64", "bfloat16", "float16"]
+
+_NOT_SAVED = {"saved": False}  # of what a run may go on with another value of, bit for bit
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The options of one outer loop, as `SlowWeights` documents them. They cannot be changed.
+
+    To add one: a field here, with its check, and its place in the signature and docstring of `SlowWeights` and of
+    `LookaheadCallback`. Checkpoints hold it and are compared with it from then on.
+
+    Raises:
+        ValueError: If one is out of range.
+    """
+
+    k: Length = 5
+    alpha: StepSize = 0.5
+    start_step: int = 0
+    pullback_momentum: PullbackMomentum = "none"
+    nonfinite: Nonfinite = field(default="raise", metadata=_NOT_SAVED)
+    slow_dtype: str | None = None
+    slow_device: str | None = field(default=None, metadata=_NOT_SAVED)
+    buffers: Buffers = "keep"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "k", check_length(self.k))  # NumPy's numbers become Python's: files hold them
+        object.__setattr__(self, "alpha", check_step_size(self.alpha))
+        check_start(self.start_step)
+        check_choice("pullback_momentum", self.pullback_momentum, get_args(PullbackMomentum))
+        check_choice("nonfinite", self.nonfinite, get_args(Nonfinite))
+        check_choice("buffers", self.buffers, get_args(Buffers))
+        dtype_of(self.slow_dtype)
+        device_of(self.slow_device)
+
+    def saved(self) -> dict[str, Any]:
+        """What a checkpoint says of them, and a run that goes on is compared with: numbers and strings."""
+        named = {f.name: getattr(self, f.name) for f in fields(self) if f.metadata.get("saved", True)}
+        return {name: describe(value) if name in {"k", "alpha"} else value for name, value in named.items()}
+
+
+def warn_of_differences(saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    """Warn once if a run goes on with other settings than were saved; settings that were not saved are passed over."""
+    changed = [
+        f"{name} was {saved[name]!r} and is {value!r}" for name, value in own.items() if saved.get(name, value) != value
+    ]
+    if changed:
+        message = f"The Lookahead checkpoint has other settings: {'; '.join(changed)}. This run's own are used."
+        warnings.warn(message, stacklevel=3)
+
+
+def check_start(start_step: int) -> None:
+    """Raise unless ``start_step`` is an integer of at least 0."""
+    if isinstance(start_step, bool) or not isinstance(start_step, int) or start_step < 0:
+        message = f"start_step={start_step!r} is out of range: it must be an integer of at least 0."
+        raise ValueError(message)
+
+
+def dtype_of(slow_dtype: str | None) -> torch.dtype | None:
+    """The floating-point type of this name; raises if there is none."""
+    if slow_dtype is None:
+        return None
+    check_choice("slow_dtype", slow_dtype, get_args(SlowDtype))
+    found: torch.dtype = getattr(torch, slow_dtype)
+    return found
+
+
+def device_of(slow_device: str | None) -> torch.device | None:
+    """The device of this name; raises if there is none."""
+    if slow_device is None:
+        return None
+    try:
+        found = torch.device(slow_device)
+    except (RuntimeError, TypeError):
+        found = torch.device("meta")
+    if found.type == "meta":  # which holds no values
+        message = f"slow_device={slow_device!r} is unknown: give 'cpu', or leave it out."
+        raise ValueError(message)
+    return found

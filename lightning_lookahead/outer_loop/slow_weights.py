@@ -1,0 +1,322 @@
+"""`SlowWeights`: the outer loop of Lookahead around one torch optimizer. Imports torch and nothing of Lightning."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from lightning_lookahead.outer_loop.adaptive import TrainingLoss
+from lightning_lookahead.outer_loop.algorithm import outer_step
+from lightning_lookahead.outer_loop.alpha import Alpha
+from lightning_lookahead.outer_loop.batch_norm import SlowStatistics, check_statistics
+from lightning_lookahead.outer_loop.cycles import Cycles
+from lightning_lookahead.outer_loop.inner_loop import InnerLoop
+from lightning_lookahead.outer_loop.inner_optimizer import check_optimizer
+from lightning_lookahead.outer_loop.inner_steps import InnerSteps
+from lightning_lookahead.outer_loop.momentum import Momentum
+from lightning_lookahead.outer_loop.nonfinite import all_finite
+from lightning_lookahead.outer_loop.parameters import Parameters
+from lightning_lookahead.outer_loop.persistence import Persistence, Shards
+from lightning_lookahead.outer_loop.saved_format import check_weights
+from lightning_lookahead.outer_loop.schedules import Length, StepSize, describe
+from lightning_lookahead.outer_loop.settings import Buffers, Nonfinite, PullbackMomentum, Settings, warn_of_differences
+from lightning_lookahead.outer_loop.tensors import copy_
+from lightning_lookahead.outer_loop.weight_pairs import WeightPairs
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping
+
+    from torch import Tensor, nn
+    from torch.optim import Optimizer
+
+    from lightning_lookahead.outer_loop.saved_format import Weights
+    from lightning_lookahead.outer_loop.weight_pairs import Moving
+
+
+class SlowWeights:
+    """The outer loop of Lookahead around one optimizer: one slow tensor per trained parameter.
+
+    Every ``k`` inner steps the slow weights go part of the way to the fast ones, and the fast ones are put there::
+
+        phi   <- phi + alpha * (theta - phi)
+        theta <- phi
+
+    The second line copies and never recomputes, so both are equal bit for bit after a sync, in every dtype. phi starts
+    from the weights before the first step. An inner step is one that moved weights: a call of ``optimizer.step()``
+    that a gradient scaler skipped, or before which no parameter had a gradient, does not count.
+
+    Its ``state_dict`` holds the set of weights that the parameters do not hold; the optimizer's is what it is without
+    this object. To resume, save the model, the optimizer and this object; build the three anew and load each one's
+    ``state_dict``, in any order.
+
+    Args:
+        optimizer: The inner optimizer, any `torch.optim.Optimizer`. Its parameters must be where they will be trained
+            (device, shard). Parameters that need no gradient are left alone, until they do; added ones join. Any
+            number of them may be frozen, also all.
+        k: Inner steps from one sync to the next; at least 1. A function makes it of the number of syncs done, see
+            `lightning_lookahead.Linear` and its like. A group's own ``"lookahead_k"`` goes before it.
+        alpha: Slow weights step size, the fraction of the way to go, in (0, 1]. 1 leaves the inner optimizer as it is.
+            Or a function as for ``k``; a group's own ``"lookahead_alpha"`` goes before it.
+        module: The module that the parameters belong to, as FSDP or a `Fabric` returned it: its names are those of the
+            ``state_dict``. Needed if they are sharded.
+        sync_in_step: Sync by itself at the end of the k-th ``optimizer.step()``; ``False`` leaves it to the caller,
+            who calls `sync` when `due`.
+        model_weights: The weights that the model's own ``state_dict`` holds in checkpoints; this one's holds the
+            others. ``None``: those that the parameters hold when it is called.
+        start_step: Inner steps before the first cycle begins; until then phi is theta.
+        exclude: Parameters to leave alone.
+        pullback_momentum: What a sync does to the optimizer's state: ``"none"`` leaves it alone, ``"reset"`` makes it
+            that of a new optimizer, ``"pullback"`` lets its momentum go the way of the weights.
+        nonfinite: What a sync does if a fast weight is infinite or no number: ``"raise"``, with phi as it was;
+            ``"skip"``: leave out this sync; ``"restore"``: put theta back to phi and make the optimizer's state that
+            of a new one.
+        slow_dtype: Floating-point type of the slow weights, ``"float64"``, say; by default the parameters', at least
+            float32, so that they keep progress that is too small for a parameter in bfloat16.
+        slow_device: Device that the slow weights are kept on, ``"cpu"``, say; by default the parameters'.
+        buffers: What a sync does to the running means and variances of ``module``'s BatchNorm layers: ``"keep"`` leaves
+            them alone, ``"sync"`` moves them as it does weights.
+        loss: A function that computes the training loss at the weights that the parameters hold, of the last batch
+            say, for an `AdaptiveAlpha` that needs it.
+        measure_distance: Keep the Euclidean distance between theta and phi just before each sync in `last_distance`,
+            a 0-dim tensor on the parameters' device.
+
+    Raises:
+        TypeError: If ``optimizer`` is not a torch optimizer.
+        ValueError: If ``k`` or ``alpha`` is out of range, the optimizer has parameters without values, has slow weights
+            already, or contains Lookahead itself; if a mode is unknown or would do nothing.
+
+    Example:
+        >>> import torch, warnings
+        >>> weight = torch.nn.Parameter(torch.tensor([1.0]))
+        >>> optimizer = torch.optim.SGD([weight], lr=0.25)
+        >>> slow = SlowWeights(optimizer, k=2, alpha=0.5)
+        >>> for _ in range(2):  # two steps down the slope of w**2: 1 -> 0.5 -> 0.25, then half the way back
+        ...     optimizer.zero_grad()
+        ...     (weight**2).sum().backward()
+        ...     loss = optimizer.step()
+        >>> weight.item(), slow.syncs
+        (0.625, 1)
+
+    Source: Zhang, Lucas, Hinton, Ba 2019, Algorithm 1.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        k: Length = 5,
+        alpha: StepSize = 0.5,
+        *,
+        module: nn.Module | None = None,
+        sync_in_step: bool = True,
+        model_weights: Weights | None = None,
+        start_step: int = 0,
+        exclude: Iterable[Tensor] = (),
+        shared: Iterable[Tensor] = (),
+        pullback_momentum: PullbackMomentum = "none",
+        nonfinite: Nonfinite = "raise",
+        slow_dtype: str | None = None,
+        slow_device: str | None = None,
+        buffers: Buffers = "keep",
+        loss: Callable[[], Tensor] | None = None,
+        measure_distance: bool = False,
+    ) -> None:
+        check_optimizer(optimizer)
+        if model_weights is not None:
+            check_weights(model_weights, "model_weights")
+        if buffers == "sync":
+            check_statistics(module, "buffers='sync'")
+        self.settings = settings = Settings(
+            k, alpha, start_step, pullback_momentum, nonfinite, slow_dtype, slow_device, buffers
+        )
+        self.optimizer = optimizer
+        self.last_distance: Tensor | None = None
+        """How far theta and phi were apart just before the last sync, over all trained parameters; if measured."""
+        self._measure_distance = measure_distance
+        self.parameters = Parameters(optimizer, module)
+        self.pairs = WeightPairs(optimizer, settings, exclude, shared)
+        self.cycles = Cycles(optimizer, settings, InnerSteps(optimizer, self.parameters))
+        self.statistics = SlowStatistics(module if buffers == "sync" else None)
+        self._momentum = Momentum(optimizer, pullback_momentum, sharded=self.sharded, restores=nonfinite == "restore")
+        training_loss = TrainingLoss(loss) if loss is not None else None
+        self.alpha = Alpha(optimizer, settings, self.parameters, training_loss, comes_later=not sync_in_step)
+        self.persistence = Persistence(
+            settings, self.parameters, self.pairs, self.cycles, self._momentum, self.statistics, model_weights
+        )
+        self.inner_loop = InnerLoop(optimizer, settings, self.pairs, self.cycles, self.persistence)
+        self.inner_loop.watch(self.sync if sync_in_step else None, module if sync_in_step else None)
+
+    def __repr__(self) -> str:
+        settings = f"k={describe(self.settings.k)}, alpha={describe(self.settings.alpha)}"
+        return f"SlowWeights({type(self.optimizer).__name__}, {settings}, syncs={self.syncs})"
+
+    # -- either set
+
+    @property
+    def active(self) -> Weights:
+        """The set of weights that the parameters hold now; the other one is kept here."""
+        return self.pairs.active
+
+    @property
+    def sharded(self) -> bool:
+        """Whether the parameters are spread over ranks; each then keeps its own piece of both sets."""
+        return self.parameters.sharded
+
+    def swap_to(self, weights: Weights, *, statistics: bool = True) -> None:
+        """Let the parameters hold ``weights`` from now on, in place: `data_ptr` and `Parameter` stay.
+
+        Right after a sync both sets are one: what was written into the parameters since belongs to both.
+
+        Args:
+            weights: The set that they hold then.
+            statistics: Let the BatchNorm layers hold this set's statistics, too, if they have two.
+        """
+        check_weights(weights)
+        self.persistence.place()
+        self.parameters.reshard()
+        self.pairs.move_to_parameters()  # after a fit Lightning moves the module to the CPU
+        other = weights != self.active
+        self.pairs.swap_to(weights, synced=not self.cycles.begun())
+        if other and statistics:
+            self.statistics.exchange()
+
+    @contextmanager
+    def use(self, weights: Weights, *, statistics: bool = True) -> Iterator[None]:
+        """Let the parameters hold ``weights`` inside the ``with`` block, and what they held before it after it."""
+        before = self.active
+        self.swap_to(weights, statistics=statistics)
+        try:
+            yield
+        finally:
+            self.swap_to(before, statistics=statistics)
+
+    def values(self, weights: Weights) -> dict[Tensor, Tensor]:
+        """Each trained parameter and its value in ``weights``: live tensors, not copies.
+
+        Slow weights of low precision parameters are of ``slow_dtype``, also while the parameters hold them, rounded.
+        """
+        check_weights(weights)
+        self.persistence.place()
+        return self.pairs.values(weights)
+
+    def fingerprint(self) -> list[int]:
+        """Integers that are others if a value of either set is, or if the module has other parameters."""
+        return self.pairs.fingerprint(self.parameters.module)
+
+    # -- saving and restoring
+
+    def state_dict(self, *, whole: bool = False) -> dict[str, Any]:
+        """The set of weights that the model's own ``state_dict`` does not hold, by parameter name, and the counts.
+
+        Whatever the history, the same keys: `torch.distributed.checkpoint` can load into it.
+
+        Args:
+            whole: Of sharded weights, gather whole tensors on the first rank, for a file that this rank writes alone,
+                as `Fabric.save` does with all that is neither module nor optimizer. By default each rank has its
+                shards, for `torch.distributed.checkpoint`; they cannot be pickled, as one rank's are not enough.
+                Either loads with any number of ranks.
+        """
+        state = self.persistence.state_dict(whole=whole)
+        return Shards(state) if self.sharded and not whole else state
+
+    def load_state_dict(self, state_dict: dict[str, Any], model: Mapping[str, Any] | None = None) -> None:
+        """Go on where the saved one was; ``k`` and ``alpha`` stay as they were given, with a warning if they differ.
+
+        The weights take their places when they are first used, as the model may be loaded later.
+
+        Args:
+            state_dict: What `state_dict` returned, with tensors of any number of ranks, whole or in shards.
+            model: The model's ``state_dict`` that was saved with it and has been loaded, if it is at hand: to compare
+                with, instead of with the parameters.
+
+        Raises:
+            ValueError: If it is damaged or of another model; nothing is changed then.
+        """
+        self.persistence.load_state_dict(state_dict, model)
+        warn_of_differences(state_dict, self.settings.saved())
+
+    # -- counting
+
+    @property
+    def steps(self) -> int:
+        """Inner steps taken so far. May read one number from the device if a fused optimizer and a scaler are used."""
+        return self.cycles.steps.total
+
+    @property
+    def syncs(self) -> int:
+        """Syncs done so far; of the optimizer's first group, if groups have a ``k`` or ``alpha`` of their own."""
+        return self.cycles.first.syncs
+
+    @property
+    def steps_since_sync(self) -> int:
+        """Inner steps since the last sync, of the group that waits longest; reads as `steps` does."""
+        return self.cycles.steps_since_sync
+
+    @property
+    def last_alpha(self) -> float | None:
+        """The step size of the last sync."""
+        return self.alpha.last
+
+    def begin(self) -> None:
+        """Say that all is loaded: what moves the parameters from here on is training, also another optimizer's."""
+        self.persistence.place()
+        self.persistence.let_go()
+
+    @property
+    def due(self) -> bool:
+        """Whether a cycle has ended, ``k`` inner steps after it began; reads the device only if it may have."""
+        return bool(self.cycles.ended())
+
+    # -- the outer step
+
+    def sync(self, *, begun: bool = False) -> None:
+        """Do the outer step now: ``phi <- phi + alpha * (theta - phi)``, then ``theta <- phi``; starts a new cycle.
+
+        If groups have cycles of their own, those that have ended are synced, or all if none has. A parameter that had
+        no gradient in the steps of this optimizer since keeps its value, and phi takes it.
+
+        Args:
+            begun: Sync all cycles that have an inner step, and no others, as at the end of training.
+
+        Raises:
+            RuntimeError: If the parameters hold the slow weights, or if a fast weight is NaN or infinite and that is to
+                raise.
+        """
+        if self.active == "slow":
+            message = "sync() was called while the parameters hold the slow weights: leave use('slow') first."
+            raise RuntimeError(message)
+        self.begin()
+        due = self.cycles.due(self.pairs, begun=begun)
+        nonfinite = self.settings.nonfinite  # looked for in all cycles before one moves
+        finite = [all_finite(cycle.moving, nonfinite, self.parameters) for cycle in due]
+        if self._measure_distance:
+            self.last_distance = self.pairs.distance()
+        for cycle, is_finite in zip(due, finite, strict=True):
+            if is_finite:
+                alpha = self.alpha.of(cycle)
+                with self.pairs.at_hand(cycle.moving) as moving:
+                    outer_step(moving.fast, moving.slow, alpha, buckets=moving.buckets)
+                self._momentum.after_sync(cycle.moving.fast, alpha)
+                if cycle is self.cycles.first:
+                    self.statistics.sync(alpha)
+                cycle.syncs += 1
+            elif self.settings.nonfinite == "restore":
+                self._restore(cycle.moving)
+            self.pairs.join(cycle.still)
+            self.cycles.begin_next(cycle)
+            self.pairs.idle.update(dict.fromkeys(cycle.weights))
+
+    def _restore(self, moving: Moving) -> None:
+        copy_(moving.fast, moving.slow)
+        self._momentum.forget(moving.fast)  # what made the weights NaN or infinite is in there, too
+        self.statistics.restore()
+
+    # -- the hooks on the optimizer
+
+    @property
+    def counting(self) -> bool:
+        """Whether steps are counted and synced: from the start until `close`."""
+        return self.inner_loop.watches
+
+    def close(self) -> None:
+        """Let go of the optimizer: stop counting and syncing. Both sets of weights stay here."""
+        self.inner_loop.close()

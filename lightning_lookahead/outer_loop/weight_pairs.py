@@ -1,0 +1,269 @@
+"""Both tensors of each trained parameter, and which set of weights the parameters hold."""
+
+from __future__ import annotations
+
+import operator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from lightning_lookahead.outer_loop.offload import Offload
+from lightning_lookahead.outer_loop.parameters import parameters_of
+from lightning_lookahead.outer_loop.saved_format import OTHER, slow_dtype
+from lightning_lookahead.outer_loop.settings import device_of, dtype_of
+from lightning_lookahead.outer_loop.tensors import (
+    bit_sum,
+    copies,
+    copy_,
+    distance,
+    equal,
+    exchange_,
+    local,
+    not_finite,
+    place,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterable, Iterator
+
+    from torch import Tensor, nn
+    from torch.optim import Optimizer
+
+    from lightning_lookahead.outer_loop.cpu_buckets import CpuBuckets
+    from lightning_lookahead.outer_loop.saved_format import Weights
+    from lightning_lookahead.outer_loop.settings import Settings
+
+
+@dataclass
+class Moving:
+    """What a sync moves: fast weights, a slow tensor of each, and both arranged for a CPU."""
+
+    fast: list[Tensor]
+    slow: list[Tensor]
+    buckets: CpuBuckets | None = None
+
+    def not_finite(self) -> list[int]:
+        """Which of the fast weights have a value that is NaN or infinite."""
+        return not_finite(self.fast) if self.buckets is None else self.buckets.not_finite()
+
+
+class WeightPairs:
+    """The trained parameters of an optimizer, each with a counterpart that starts from its value when it appears.
+
+    Parameters that need no gradient are left out until they do; those on one storage count once. A parameter that was
+    trained stays although it is frozen later. Those to exclude are left out whatever they need.
+
+    The counterpart holds the set of weights that is not active. Where it is *apart*, of another dtype or on another
+    device than its parameter, it holds the slow weights always, so that they are never rounded; then a third tensor
+    keeps the fast weights while the parameter holds the slow ones.
+
+    Args:
+        optimizer: The optimizer.
+        settings: The dtype and the device of the counterparts; by default the parameter's, but at least float32.
+        exclude: Parameters to leave out.
+        shared: Parameters that another optimizer moves, too: not all that a step did not move is from outside.
+
+    Attributes:
+        active: The set that the parameters hold.
+        dtype: Of the counterparts, as it was chosen.
+        begun: Whether there are two sets: until the first cycle begins there is one.
+        idle: Trained parameters that have had no gradient in the optimizer's own steps since their last sync.
+    """
+
+    def __init__(
+        self, optimizer: Optimizer, settings: Settings, exclude: Iterable[Tensor] = (), shared: Iterable[Tensor] = ()
+    ) -> None:
+        self._counterparts: dict[Tensor, Tensor] = {}
+        self._offload = Offload()
+        self.active: Weights = "fast"
+        self._aside: dict[Tensor, Tensor] = {}  # fast weights of those that are apart, while they hold the slow ones
+        self._two: set[Tensor] = set()  # which are two, where a swap right after a sync expects one
+        self._optimizer = optimizer
+        self._exclude = set(exclude)
+        # With an alpha of 1 a sync takes theta whatever phi is: what another optimizer moves then belongs to both.
+        self._shared = set() if settings.alpha == 1 else set(shared)
+        self.dtype, self._device = dtype_of(settings.slow_dtype), device_of(settings.slow_device)
+        self._listed: list[Tensor] = []
+        self.begun = False
+        self.idle: dict[Tensor, None] = {}
+        self._left_alone: list[Tensor] = []
+        self.track()
+
+    @property
+    def counterparts(self) -> dict[Tensor, Tensor]:
+        """Trained parameter -> its counterpart."""
+        self._offload.wait()
+        return self._counterparts
+
+    # -- which parameters
+
+    def track(self, also: Collection[Tensor] = ()) -> None:
+        """Look at the optimizer's groups again; take in ``also``, whether they need a gradient or not."""
+        self._listed = parameters_of(self._optimizer)
+        by_storage = {place(parameter): parameter for parameter in reversed(self._listed)}
+        single = dict.fromkeys(reversed(by_storage.values()))
+        known = self.counterparts
+        trained = [p for p in single if (p in known or p.requires_grad or p in also) and p not in self._exclude]
+        new = [parameter for parameter in trained if parameter not in known]
+        every = {**known, **dict(zip(new, self._counterparts_of(new), strict=True))}
+        self._counterparts = {parameter: every[parameter] for parameter in trained}
+        self._left_alone = [parameter for parameter in single if parameter not in self._counterparts]
+        self.idle = dict.fromkeys(
+            parameter for parameter in trained if parameter in self.idle or parameter not in known
+        )
+
+    def track_new(self) -> bool:
+        """Take in parameters that were added or unfrozen, and say if there are any; costs nothing per trained one."""
+        listed = sum(len(group["params"]) for group in self._optimizer.param_groups)
+        unfrozen = (parameter.requires_grad and parameter not in self._exclude for parameter in self._left_alone)
+        if listed != len(self._listed) or any(unfrozen):
+            self.track()
+            return True
+        return False
+
+    def track_replaced(self) -> None:
+        """Take in parameters that were put in the place of others."""
+        if any(map(operator.is_not, self._listed, parameters_of(self._optimizer))):
+            self.track()
+
+    def note_gradients(self) -> None:
+        """Note which have a gradient in a step: after the first one of a cycle only those are asked that had none.
+
+        What FSDP1 shows of a parameter of which this rank has no piece says nothing.
+        """
+        if self.idle:
+            self.idle = {parameter: None for parameter in self.idle if parameter.grad is None and parameter.numel()}
+
+    # -- where the counterparts are
+
+    @torch.inference_mode(mode=False)
+    def _counterparts_of(self, parameters: list[Tensor]) -> list[Tensor]:
+        made = [copy.to(self._device, slow_dtype(copy.dtype, self.dtype)) for copy in copies(parameters)]
+        offloaded = self._device is not None and self._device.type == "cpu"
+        return [
+            counterpart.pin_memory() if offloaded and parameter.is_cuda else counterpart
+            for parameter, counterpart in zip(parameters, made, strict=True)
+        ]
+
+    def is_apart(self, parameter: Tensor) -> bool:
+        """Whether its counterpart is of another dtype or on another device."""
+        counterpart = self.counterparts[parameter]
+        return counterpart.dtype != parameter.dtype or counterpart.device != parameter.device
+
+    def move_to_parameters(self) -> None:
+        """Move the counterparts to where the parameters are now, unless they have a device of their own."""
+        if self._device is None and any(p.device != other.device for p, other in self.counterparts.items()):
+            self._counterparts = {p: other.to(p.device) for p, other in self.counterparts.items()}
+            self._aside = {p: fast.to(p.device) for p, fast in self._aside.items()}
+
+    def prepare(self) -> None:
+        """Say that a sync comes after the next step: what is on the CPU can set out for the GPU."""
+        self._offload.fetch(self._offloaded(self._counterparts.items()))
+
+    @contextmanager
+    def at_hand(self, moving: Moving) -> Iterator[Moving]:
+        """Let slow weights that are kept on the CPU be beside their fast ones inside the ``with`` block."""
+        offloaded = self._offloaded(zip(moving.fast, moving.slow, strict=True))
+        if not offloaded:
+            yield moving
+            return
+        beside = self._offload.take(offloaded)
+        slow = [beside.get(theta, phi) for theta, phi in zip(moving.fast, moving.slow, strict=True)]
+        yield Moving(moving.fast, slow)
+        self._offload.store(offloaded, beside)
+
+    def _offloaded(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> dict[Tensor, Tensor]:
+        if self._device is None:
+            return {}
+        return {theta: phi for theta, phi in pairs if theta.is_cuda and not phi.is_cuda}
+
+    # -- either set
+
+    def start(self) -> None:
+        """Let phi be theta."""
+        self._offload.forget()
+        copy_(self.counterparts.values(), self.counterparts)
+
+    def end_swap(self) -> None:
+        """Take what the parameters hold now for the fast weights: something was loaded into them."""
+        self.active, self._aside, self.begun = "fast", {}, False
+        self._offload.forget()
+
+    def values(self, weights: Weights) -> dict[Tensor, Tensor]:
+        """Each trained parameter and its value in ``weights``: live tensors, not copies."""
+        others = self.counterparts
+        if weights == "fast":
+            return {p: p for p in others} if self.active == "fast" or not self.begun else {**others, **self._aside}
+        held = set() if self.active == "fast" else others.keys() - self._aside.keys()
+        if not self.begun:  # then a counterpart of fewer digits has not even the one set
+            held = {p for p, other in others.items() if torch.promote_types(p.dtype, other.dtype) != other.dtype}
+        return {p: p if p in held else other for p, other in others.items()}
+
+    @torch.inference_mode(mode=False)  # in which Lightning validates; the counterparts outlive it
+    def swap_to(self, weights: Weights, *, synced: bool = False) -> None:
+        """Let the parameters hold ``weights``; all of them do, or none if there is no memory for it.
+
+        Args:
+            weights: The set that they hold then.
+            synced: No step was taken since both were made equal: what was written from outside since belongs to both.
+        """
+        if weights == self.active or not self.begun:
+            self.active = weights
+            return
+        aside: dict[Tensor, Tensor] = {}
+        apart = self._aside  # which were apart then: the module may have been moved to the counterparts since
+        if weights == "slow":
+            apart = {p: phi for p, phi in self.counterparts.items() if self.is_apart(p)}
+            aside = {p: p.detach().to(self._device, copy=True) for p in apart}
+        together = {p: other for p, other in self.counterparts.items() if p not in apart}
+        if synced:  # then only these are two
+            if weights == "slow":
+                two = self._two = self.adopt(self._shared)
+            else:
+                two, self._two = self._two, set()
+                self.adopt(two)
+            together = {p: other for p, other in together.items() if p in two}
+            apart = {p: value for p, value in apart.items() if p in two}
+        exchange_(together, together.values())
+        copy_(apart, apart.values())
+        self._aside = aside
+        self.active = weights
+
+    def adopt(self, except_for: Collection[Tensor] | None = None) -> set[Tensor]:
+        """Right after a sync, let both sets have what was written into the parameters from outside since.
+
+        Args:
+            except_for: Parameters that keep two sets; by default those that another optimizer moves, too.
+
+        Returns:
+            Those of which the sets remain two: no slow weight becomes NaN or infinite by this.
+        """
+        kept = self._shared if except_for is None else except_for
+        unlike = {p: other for p, other in self.counterparts.items() if not equal(p, other.to(p))}
+        two = {p for p in unlike if p in kept or not_finite([p])}
+        written = {p: other for p, other in unlike.items() if p not in two}
+        copy_(written.values(), written)
+        return two
+
+    def join(self, still: dict[Tensor, Tensor]) -> None:
+        """Let both sets have the values of parameters that no step has moved: where they are is from outside."""
+        copy_(still.values(), still)
+
+    def distance(self) -> Tensor:
+        """How far theta and phi are apart (Euclidean): a 0-dim tensor on the parameters' device."""
+        return distance(self.counterparts, self.counterparts.values())
+
+    def fingerprint(self, module: nn.Module | None) -> list[int]:
+        """Sums over the bits of both sets as the parameters hold them, on this rank, and how many the module has.
+
+        Of other weights, in either set, or of a module with other parameters it is another.
+        """
+        sums = []
+        for weights in OTHER:
+            values = {p: p for p in self.counterparts} if weights == self.active else self.values(weights)
+            sums += [bit_sum(*local([value.to(p)])) for p, value in values.items()]
+        own = set(module.parameters()) if module is not None else set()
+        together = torch.stack([one.to(sums[0].device) for one in sums]).tolist() if sums else []  # one wait for it
+        return [*together, len(own & self.counterparts.keys())]

@@ -1,0 +1,318 @@
+"""`LookaheadCallback`: the Trainer's hooks call the outer loop. Wiring only: no arithmetic, no saving."""
+
+from __future__ import annotations
+
+import warnings
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from typing_extensions import override
+
+from lightning_lookahead._arguments import check_choice
+from lightning_lookahead._lightning import (
+    AVERAGERS,
+    TUNERS,
+    Callback,
+    callbacks_of,
+    check_trainer,
+    is_a,
+    join_packages,
+    log_to_loggers,
+)
+from lightning_lookahead.evaluation.recalibration import check_recalibrate
+from lightning_lookahead.outer_loop.batch_norm import check_statistics
+from lightning_lookahead.outer_loop.saved_format import check_weights
+from lightning_lookahead.outer_loop.settings import Buffers, Nonfinite, PullbackMomentum, Settings
+from lightning_lookahead.trainer.fit import Fit, SyncOptimizers
+from lightning_lookahead.trainer.outer_loops import OTHERS_LOADED, check_sharded_options
+from lightning_lookahead.trainer.rank_check import RankCheck
+from lightning_lookahead.trainer.sync_log import figures
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from lightning.pytorch import LightningModule, Trainer
+    from torch.optim import Optimizer
+
+    from lightning_lookahead.evaluation.monitor import InnerOuterMonitor
+    from lightning_lookahead.outer_loop.saved_format import Weights
+    from lightning_lookahead.outer_loop.schedules import Length, StepSize
+    from lightning_lookahead.outer_loop.slow_weights import SlowWeights
+
+UnfinishedCycle = Literal["drop", "sync"]
+
+
+class LookaheadCallback(Callback):
+    """Lookahead around whatever optimizer the module configures: k steps forward, 1 step back.
+
+    Each optimizer has its own count of inner steps. Under automatic optimization the weights are synced in
+    ``on_train_batch_end``; under manual optimization, where one batch may hold several steps, right after the k-th.
+    A run that is stopped and resumed, at any step, is the uninterrupted run bit for bit.
+
+    Args:
+        k: Inner steps from one sync to the next; at least 1. Or a schedule over syncs, `Linear`, say.
+            An optimizer's group with a ``"lookahead_k"`` of its own has cycles of its own.
+        alpha: Slow weights step size, in (0, 1]; 1 leaves the inner optimizer as it is. Or a schedule, and a group's
+            own ``"lookahead_alpha"``, as for ``k``; or an `AdaptiveAlpha`.
+        eval_weights: The weights that validation sees, that a checkpoint's ``state_dict`` holds and that the module
+            holds after fit: ``"slow"`` (phi, what the algorithm returns) or ``"fast"`` (theta).
+        pullback_momentum: What a sync does to the inner optimizer's state: ``"none"`` leaves it alone, ``"reset"``
+            makes it that of a new optimizer, ``"pullback"`` lets its momentum go the way of the weights, with alpha
+            from where it was after the last sync.
+        start_step: Inner steps before the first cycle begins; until then there is one set of weights.
+        unfinished_cycle: What the end of training does to a cycle that has not ended: ``"drop"`` leaves phi as it was
+            after the last sync (Algorithm 1), ``"sync"`` syncs once more.
+        exclude: Parameters to leave alone, by patterns of their names (``"*.bias"``, ``"head.*"``).
+        sync_optimizers: ``"independently"``: each optimizer counts and syncs for itself. ``"together"``: all sync when
+            each has taken its ``k`` steps (Lookahead-Minmax for GANs).
+        nonfinite: What a sync does if a fast weight is infinite or no number: ``"raise"``, ``"skip"`` this sync, or
+            ``"restore"`` the weights of the last sync, with the inner optimizer's state that of a new one.
+        slow_dtype: Floating-point type of the slow weights; by default the parameters', but at least float32, so that
+            they keep progress that is too small for a parameter in bfloat16.
+        buffers: What a sync does to BatchNorm's running means and variances: ``"keep"`` leaves them alone, ``"sync"``
+            moves them as it does weights. With several optimizers it does so when the first one syncs.
+        slow_device: Where the slow weights are kept: ``"cpu"`` leaves the GPU's memory free; by default beside the
+            parameters.
+        monitor: Evaluates held-out data after every inner step of a window, as in the paper's Figure 10.
+        recalibrate_batch_norm: Before each validation, gather BatchNorm's statistics anew with the slow weights, from
+            all training batches (``True``) or the first so many: those at hand were gathered with fast weights. After
+            it they are what they were; checkpoints hold those.
+        log_syncs: Send ``lookahead/syncs``, the syncs done, to the Trainer's loggers every ``log_every_n_steps``, and
+            ``lookahead/alpha``, the last sync's, if it changes.
+        log_distance: Send ``lookahead/distance`` there, how far theta and phi were apart just before the last sync
+            (Euclidean).
+        check_ranks: After each sync, compare the weights of all ranks (DDP) and raise if one has drifted: one checksum
+            of the weights and one small collective for each sync. Off, a sync issues no collective.
+
+    Raises:
+        ValueError: If an argument is out of range.
+
+    Example:
+        >>> import torch
+        >>> from lightning.pytorch import Trainer
+        >>> from lightning.pytorch.demos.boring_classes import BoringModel
+        >>> trainer = Trainer(
+        ...     callbacks=[LookaheadCallback(k=5, alpha=0.5)], max_steps=10, logger=False,
+        ...     enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, accelerator="cpu",
+        ... )
+        >>> trainer.fit(BoringModel())
+        >>> trainer.callbacks[0].slow_weights
+        [SlowWeights(SGD, k=5, alpha=0.5, syncs=2)]
+
+    Source: Zhang, Lucas, Hinton, Ba 2019, Algorithm 1 and section 3.
+    """
+
+    def __init__(  # noqa: PLR0917
+        self,
+        k: Length = 5,
+        alpha: StepSize = 0.5,
+        eval_weights: Weights = "slow",
+        pullback_momentum: PullbackMomentum = "none",
+        start_step: int = 0,
+        unfinished_cycle: UnfinishedCycle = "drop",
+        exclude: str | list[str] | None = None,
+        sync_optimizers: SyncOptimizers = "independently",
+        nonfinite: Nonfinite = "raise",
+        slow_dtype: str | None = None,
+        slow_device: str | None = None,
+        buffers: Buffers = "keep",
+        monitor: InnerOuterMonitor | None = None,
+        recalibrate_batch_norm: bool | int = False,  # noqa: FBT001, FBT002
+        log_syncs: bool = False,  # noqa: FBT001, FBT002 (YAML and the command line name every argument)
+        log_distance: bool = False,  # noqa: FBT001, FBT002
+        check_ranks: bool = False,  # noqa: FBT001, FBT002
+    ) -> None:
+        join_packages(LookaheadCallback)
+        super().__init__()
+        self.settings = Settings(k, alpha, start_step, pullback_momentum, nonfinite, slow_dtype, slow_device, buffers)
+        check_weights(eval_weights, "eval_weights")
+        check_choice("unfinished_cycle", unfinished_cycle, get_args(UnfinishedCycle))
+        check_choice("sync_optimizers", sync_optimizers, get_args(SyncOptimizers))
+        check_recalibrate(recalibrate_batch_norm, eval_weights)
+        self.eval_weights: Weights = eval_weights
+        self.unfinished_cycle = unfinished_cycle
+        self.exclude = [exclude] if isinstance(exclude, str) else list(exclude or [])
+        self.sync_optimizers = sync_optimizers
+        self.monitor = monitor
+        self.recalibrate_batch_norm = recalibrate_batch_norm
+        self.log_syncs, self.log_distance, self.check_ranks = log_syncs, log_distance, check_ranks
+        self._ranks = RankCheck()
+        self._in_trainer = False
+        self._trainer: Trainer | None = None  # while a fit is under way
+        self._fit = self._new_fit()
+
+    def _new_fit(self) -> Fit:
+        told = {
+            **self.settings.saved(),
+            "eval_weights": self.eval_weights,
+            "exclude": self.exclude,
+            "sync_optimizers": self.sync_optimizers,
+        }
+        key, recalibrate = type(self).__name__, self.recalibrate_batch_norm
+        return Fit(key, self.settings, told, self.eval_weights, self.sync_optimizers, recalibrate, self.monitor)
+
+    @property
+    def slow_weights(self) -> list[SlowWeights]:
+        """One for each optimizer, from the start of a fit until the next fit starts."""
+        return self._fit.loops.slow_weights
+
+    @property
+    def others_loaded(self) -> bool:
+        """Whether the module holds other weights than those that the fit has left in it."""
+        return self._fit.loops.others_loaded
+
+    # -- one fit
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._in_trainer = True
+        check_trainer(trainer)
+        if stage != "fit":
+            return
+        self._fit.loops.close()
+        self._fit = self._new_fit()
+        self._fit.checkpoints.await_checkpoint(trainer.strategy, pl_module)
+        if self.monitor is not None:
+            self.monitor.reset()
+        # First, so that every other callback finds the weights that validation and the end of training are about:
+        # pruning masks them, averaging replaces them. Only the tuners stay ahead, as Lightning sorts them.
+        others = [callback for callback in callbacks_of(trainer) if callback is not self]
+        ahead = sum(is_a(callback, TUNERS) for callback in others)
+        trainer.callbacks = [*others[:ahead], self, *others[ahead:]]  # type: ignore[attr-defined]
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        optimizers = [optimizer for optimizer in trainer.optimizers if not is_a(optimizer, ["_MockOptimizer"])]
+        if not optimizers:
+            warnings.warn("configure_optimizers gave no optimizer: there is nothing to look ahead with.", stacklevel=2)
+            return
+        root, weights = trainer.strategy.model, self.eval_weights
+        options = {"module": root, "model_weights": weights, "measure_distance": self.log_distance}
+        self._fit.loops.add(optimizers, self.settings, self.exclude, pl_module, **options)
+        if any(slow.sharded for slow in self.slow_weights):
+            slow_device = self.settings.slow_device
+            check_sharded_options(log_distance=self.log_distance, check_ranks=self.check_ranks, slow_device=slow_device)
+        if self.recalibrate_batch_norm:
+            check_statistics(pl_module, "recalibrate_batch_norm")
+        if not pl_module.automatic_optimization:
+            self._fit.sync_in_steps(trainer)
+        self._fit.checkpoints.serve(trainer.strategy)
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._trainer = trainer
+        self._fit.begin(trainer)
+        self._ranks.begin(self.slow_weights)
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._fit.checkpoints.begin_batch()
+
+    @override
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        self._fit.loops.track_new(optimizer)  # a step that began before training_step may find some unfrozen there
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._fit.checkpoints.end_batch()
+        self._fit.note_loss(trainer, pl_module, outputs, batch, batch_idx)
+        for slow in self.slow_weights:
+            self._fit.sync_due(trainer, slow)
+        if self.check_ranks:
+            self._ranks.look(trainer, pl_module, self.slow_weights)
+        if self.log_syncs or self.log_distance:
+            log_to_loggers(trainer, figures(self.slow_weights, syncs=self.log_syncs))
+        self._fit.swap.note_modes(pl_module)
+        if self.monitor is not None and self.slow_weights:
+            self.monitor.publish(trainer, pl_module)
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._trainer = None
+        averages = any(is_a(callback, AVERAGERS) for callback in callbacks_of(trainer))
+        sync_unfinished, leave = self.unfinished_cycle == "sync", None if averages else self.eval_weights
+        self._fit.end(trainer, sync_unfinished=sync_unfinished, leave=leave)
+
+    @override
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.on_train_end(trainer, pl_module)  # which is left out where no batch was trained
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._trainer = None
+        self._fit.abort(trainer, pl_module)
+
+    def sync_now(self) -> None:
+        """Do the outer step of every optimizer now, wherever in its cycle it is; a new cycle begins.
+
+        Raises:
+            RuntimeError: Outside of a fit, or while the module holds the slow weights (in validation).
+        """
+        if self._trainer is None:
+            message = "sync_now() was called outside of a fit: there is nothing to sync."
+            raise RuntimeError(message)
+        self._fit.sync_now(self._trainer)
+
+    # -- either set of weights
+
+    @override
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._fit.swap.start(trainer)  # the end is the strategy's: after the hooks of all callbacks and of the module
+
+    @contextmanager
+    def use_weights(self, weights: Weights) -> Iterator[None]:
+        """Let the module hold the ``"slow"`` or ``"fast"`` weights inside the ``with`` block, in place.
+
+        After it the module holds what it held before, also if an exception was raised inside. During a fit and after
+        it, until the next one starts.
+
+        Raises:
+            ValueError: If ``weights`` is neither.
+            RuntimeError: If this process has started no fit.
+        """
+        check_weights(weights)
+        if not self.slow_weights:
+            message = (
+                "There is one set of weights only: use_weights() works from the start of a fit on, in the process that"
+                " trains (strategies that spawn or fork bring back phi alone)."
+            )
+            raise RuntimeError(message)
+        if self.others_loaded:
+            message = f"use_weights({weights!r}): {OTHERS_LOADED}"
+            raise RuntimeError(message)
+        with self._fit.loops.use(weights):
+            yield
+
+    # -- what is saved, and what a copy has
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return self._fit.checkpoints.state_dict()
+
+    @override
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._fit.checkpoints.on_save_checkpoint(trainer, checkpoint)
+
+    @override
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._fit.checkpoints.on_load_checkpoint(trainer, checkpoint)
+
+    @property
+    @override
+    def state_key(self) -> str:
+        # Where a Trainer is made, Lightning refuses two callbacks with one key, in words of its own.
+        return type(self).__name__ if self._in_trainer else f"{type(self).__name__}, {id(self)}"
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Settings alone outside of a fit: libraries keep callbacks among hyperparameters. In a fit, all of it."""
+        left_out = (
+            {"log", "log_dict"} if self._fit.loops.counting else {"log", "log_dict", "_fit"}
+        )  # logs: the module's
+        return {**{name: value for name, value in vars(self).items() if name not in left_out}, "_trainer": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if "_fit" not in state:
+            self._fit = self._new_fit()

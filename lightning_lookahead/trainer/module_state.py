@@ -1,0 +1,65 @@
+"""A module's ``state_dict`` and weights, where they are not simply those that it holds."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lightning_lookahead.outer_loop.sharding import load_named, reshard
+from lightning_lookahead.outer_loop.tensors import copies, copy_, place
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Iterator
+
+    from torch import nn
+
+    from lightning_lookahead.outer_loop.slow_weights import SlowWeights
+
+
+def state_dict_of_slow(
+    module_state_dict: Callable[[], dict[str, Any]], slow_weights: Collection[SlowWeights]
+) -> dict[str, Any] | None:
+    """A module's ``state_dict`` with phi in place of theta, whatever the module holds, without touching its weights.
+
+    Matches by storage and not by name, so that tied, compiled and renamed parameters need no care. ``None`` if that is
+    not enough: if the weights are sharded, or if the ``state_dict`` leaves some out or computes from them.
+    """
+    if any(slow.sharded for slow in slow_weights):
+        return None
+    state_dict = module_state_dict()
+    pairs = [pair for slow in slow_weights if slow.active == "fast" for pair in slow.values("slow").items()]
+    for slow in slow_weights:
+        if slow.active == "fast":
+            pairs += zip(slow.statistics.live, slow.statistics.kept, strict=True)
+    by_place = {place(fast): (fast.dtype, phi) for fast, phi in pairs if fast.numel()}
+    missing = set(by_place)
+    for name, value in state_dict.items():
+        where = place(value) if isinstance(value, torch.Tensor) else ()
+        if where in by_place and value.dtype == by_place[where][0]:
+            state_dict[name] = by_place[where][1].detach().to(value)
+            missing.discard(where)
+    return None if missing else state_dict
+
+
+def load_whole(module: nn.Module, state_dict: dict[str, Any]) -> None:
+    """Load whole tensors, by name, into a module that may be sharded; names that are left out stay as they are."""
+    reshard(module)
+    load_named(module, state_dict, whole=True)
+
+
+@contextmanager
+def kept_weights(module: nn.Module) -> Iterator[None]:
+    """Let other weights be loaded into a module inside the ``with`` block: after it, it holds its own again."""
+    before = dict(module.named_parameters())
+    values = dict(zip(before, copies(before.values()), strict=True))
+    try:
+        yield
+    finally:
+        reshard(module)
+        now = set(module.parameters())
+        same = [name for name, parameter in before.items() if parameter in now]
+        copy_([before[name] for name in same], [values[name] for name in same])
+        if len(same) < len(before):  # sharded since, into parameters of their own
+            load_whole(module, {name: value for name, value in values.items() if name not in same})

@@ -1,0 +1,172 @@
+"""The outer loops of a fit: one for each of its optimizers."""
+
+from __future__ import annotations
+
+import warnings
+from contextlib import ExitStack, contextmanager
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any
+
+from lightning_lookahead.outer_loop.inner_optimizer import check_optimizer
+from lightning_lookahead.outer_loop.names import names_in
+from lightning_lookahead.outer_loop.parameters import parameters_of
+from lightning_lookahead.outer_loop.slow_weights import SlowWeights
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from lightning.pytorch import LightningModule
+    from torch import Tensor
+    from torch.optim import Optimizer
+
+    from lightning_lookahead.outer_loop.saved_format import Weights
+    from lightning_lookahead.outer_loop.settings import Settings
+
+OTHERS_LOADED = (
+    "the module does not hold the weights that the fit has left in it (others were loaded since), and the second set is"
+    " of that fit. Both sets of a checkpoint are in it: compare_weights(..., ckpt_path=path) or load_weights(path)."
+)
+
+
+class OuterLoops:
+    """The slow weights of all optimizers, from the start of a fit until the next one starts.
+
+    Attributes:
+        slow_weights: One for each optimizer, in their order.
+    """
+
+    def __init__(self) -> None:
+        self.slow_weights: list[SlowWeights] = []
+        self._left: list[list[int]] = []  # the fingerprints of both sets of each when the fit ended
+
+    def add(
+        self,
+        optimizers: list[Optimizer],
+        settings: Settings,
+        exclude: list[str],
+        pl_module: LightningModule,
+        **options: Any,
+    ) -> None:
+        """Make slow weights for these optimizers.
+
+        Args:
+            optimizers: All of the fit.
+            settings: What each outer loop is told. BatchNorm's statistics sync with the first one.
+            exclude: Patterns of names of parameters to leave alone.
+            pl_module: The module, before a strategy wrapped it.
+            options: What else `SlowWeights` takes.
+
+        Raises:
+            TypeError: If one is no torch optimizer.
+            ValueError: If one cannot have slow weights; those before it have them then.
+        """
+        for optimizer in optimizers:
+            check_optimizer(optimizer)
+        excluded = matching(exclude, pl_module)
+        elsewhere = owned_by_others(optimizers, pl_module)
+        shared = [parameter for own in elsewhere for parameter in own]
+        for index, optimizer in enumerate(optimizers):
+            own = vars(settings) if index == 0 else {**vars(settings), "buffers": "keep"}
+            left_out = [*excluded, *elsewhere[index]]
+            self.slow_weights.append(
+                SlowWeights(optimizer, **own, exclude=left_out, shared=shared, sync_in_step=False, **options)
+            )
+
+    @property
+    def counting(self) -> list[SlowWeights]:
+        """Those of a fit that is under way: none before it, after it or after an exception in it."""
+        return [slow for slow in self.slow_weights if slow.counting]
+
+    def due(self, slow: SlowWeights, *, together: bool) -> list[SlowWeights]:
+        """Those that sync after a step of the optimizer of ``slow``: it, or all when all are due."""
+        which = self.slow_weights if together else [slow]
+        return which if slow.due and all(each.due for each in which) else []
+
+    def are_of(self, optimizers: list[Any]) -> bool:
+        """Whether these are the optimizers."""
+        return [id(slow.optimizer) for slow in self.slow_weights] == [id(optimizer) for optimizer in optimizers]
+
+    def swap_to(self, weights: Weights) -> None:
+        """Let the module hold ``weights``, in a fit that is under way."""
+        for slow in self.counting:
+            slow.swap_to(weights)
+
+    @contextmanager
+    def use(self, weights: Weights, *, statistics: bool = True) -> Iterator[None]:
+        """Let the module hold ``weights`` inside the ``with`` block."""
+        with ExitStack() as stack:
+            for slow in self.slow_weights:
+                stack.enter_context(slow.use(weights, statistics=statistics))
+            yield
+
+    def track_new(self, optimizer: Optimizer) -> None:
+        """Take in parameters of an optimizer that were added or unfrozen."""
+        for slow in self.counting:
+            if slow.optimizer is optimizer:
+                slow.inner_loop.track_new()
+
+    def follow(self) -> None:
+        """Follow the module: after ``on_train_end`` Lightning has moved it to the CPU."""
+        for slow in self.slow_weights:
+            slow.swap_to(slow.active)
+
+    def close(self) -> None:
+        """Stop counting; both sets stay."""
+        for slow in self.slow_weights:
+            slow.close()
+
+    def leave(self) -> None:
+        """Remember what the fit leaves in the module."""
+        self._left = [slow.fingerprint() for slow in self.slow_weights]
+
+    @property
+    def left(self) -> bool:
+        """Whether a fit has left something."""
+        return bool(self._left)
+
+    @property
+    def others_loaded(self) -> bool:
+        """Whether the module holds other weights than those that the fit has left in it: both sets are of that fit."""
+        return any(slow.fingerprint() != left for slow, left in zip(self.slow_weights, self._left, strict=False))
+
+
+def matching(patterns: list[str], pl_module: LightningModule) -> list[Tensor]:
+    """The parameters with a name that matches one of the patterns; raises if one matches none."""
+    found: dict[Tensor, None] = {}
+    names = names_in(pl_module)
+    for pattern in patterns:
+        own = [parameter for parameter, its in names.items() if any(fnmatchcase(name, pattern) for name in its)]
+        if not own:
+            message = (
+                f"exclude={pattern!r} matches no parameter: names are {', '.join(its[0] for its in names.values())}."
+            )
+            raise ValueError(message)
+        found.update(dict.fromkeys(own))
+    return list(found)
+
+
+def owned_by_others(optimizers: list[Optimizer], pl_module: LightningModule) -> list[list[Tensor]]:
+    """For each optimizer the parameters that an earlier one trains, too: they have one slow tensor, of that one."""
+    names = names_in(pl_module)
+    owner: dict[Tensor, int] = {}
+    found: list[list[Tensor]] = []
+    for index, optimizer in enumerate(optimizers):
+        found.append([p for p in parameters_of(optimizer) if owner.setdefault(p, index) != index])
+    shared = list(dict.fromkeys(parameter for own in found for parameter in own))
+    if shared:
+        first = names.get(shared[0], ["(of another module)"])[0]
+        others = f" and {len(shared) - 1} others are" if len(shared) > 1 else " is"
+        message = (
+            f"Lookahead: parameter {first!r}{others} in several optimizers. It is synced when the first of them,"
+            f" optimizer {owner[shared[0]]}, has taken its k steps."
+        )
+        warnings.warn(message, stacklevel=2)
+    return found
+
+
+def check_sharded_options(**options: object) -> None:
+    """Raise if an option is set that looks at all of the weights, where each rank has a piece of them only."""
+    for name, value in options.items():
+        if value:
+            message = f"{name}={value!r} does not work with a strategy that shards the weights: leave it out."
+            raise ValueError(message)

@@ -1,0 +1,46 @@
+"""Which weights a validation sees."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from lightning_lookahead.evaluation.recalibration import Recalibration
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+
+    from lightning_lookahead.outer_loop.saved_format import Weights
+    from lightning_lookahead.trainer.outer_loops import OuterLoops
+
+
+class ValidationSwap:
+    """Swaps a set of weights in for a validation, with BatchNorm statistics of its own if that is asked for.
+
+    Args:
+        loops: The slow weights.
+        weights: The set.
+        recalibrate: From how many training batches the statistics are gathered; ``True``: from all.
+
+    Attributes:
+        recalibration: The statistics.
+    """
+
+    def __init__(self, loops: OuterLoops, weights: Weights, recalibrate: bool | int) -> None:  # noqa: FBT001
+        self._loops, self._weights, self._recalibrate = loops, weights, recalibrate
+        self.recalibration = Recalibration()
+
+    def note_modes(self, pl_module: LightningModule) -> None:
+        """Remember which parts of a module train."""
+        if self._recalibrate:
+            self.recalibration.note_modes(pl_module)
+
+    def start(self, trainer: Trainer) -> None:
+        """Before every other callback's ``on_validation_start``."""
+        self._loops.swap_to(self._weights)
+        if self._recalibrate and self._loops.counting and not trainer.sanity_checking:
+            self.recalibration.start(trainer, self._recalibrate)
+
+    def end(self, *_: Any) -> None:
+        """After every other callback's ``on_validation_end`` and the module's: first in, last out."""
+        self.recalibration.stop()
+        self._loops.swap_to("fast")
