@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import operator
 from numbers import Real
-from typing import SupportsIndex
+from typing import Literal, SupportsIndex
+
+PullbackMomentum = Literal["none", "pullback", "reset"]
+"""What a sync does to the inner momentum: nothing, the way of the weights, or a fresh start."""
 
 
 def check_k(k: SupportsIndex, name: str = "k") -> int:

@@ -56,7 +56,7 @@ def join_packages(callback_class: type[Callback]) -> None:
             callback_class.__bases__ = (*callback_class.__bases__, package.Callback)
 
 
-def is_a(instance: object, names: Iterable[str]) -> bool:
+def has_class_named(instance: object, names: Iterable[str]) -> bool:
     """Whether the class of ``instance`` or one of its bases has one of these names."""
     return not {base.__name__ for base in type(instance).__mro__}.isdisjoint(names)
 
@@ -97,11 +97,11 @@ def root_of(strategy: Strategy) -> nn.Module:
 
 def check_trainer(trainer: Trainer) -> None:
     """Raise if the Trainer has a strategy that is not supported or more than one LookaheadCallback."""
-    if sum(is_a(callback, ["LookaheadCallback"]) for callback in callbacks_of(trainer)) > 1:
+    if sum(has_class_named(callback, ["LookaheadCallback"]) for callback in callbacks_of(trainer)) > 1:
         message = "callbacks has a second LookaheadCallback, which would pull back twice: keep one of them."
         raise ValueError(message)
     for name, reason in _UNSUPPORTED_STRATEGIES.items():
-        if is_a(trainer.strategy, [name]):
+        if has_class_named(trainer.strategy, [name]):
             message = (
                 f"LookaheadCallback does not work with strategy={type(trainer.strategy).__name__}: {reason}. Use one"
                 " device, 'ddp', 'fsdp' or ModelParallelStrategy."

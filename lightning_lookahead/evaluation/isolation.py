@@ -22,7 +22,7 @@ _COUNTS = ("_update_count", "_computed", "_forward_cache")
 
 
 @contextmanager
-def undisturbed(module: nn.Module, others: Iterable[object] = ()) -> Iterator[None]:
+def isolated(module: nn.Module, others: Iterable[object] = ()) -> Iterator[None]:
     """Evaluate a module inside the ``with`` block and find it as it was after it, but for where its tensors are.
 
     Put back are Python's, NumPy's and torch's random number generators (all devices), those of the module and of

@@ -14,7 +14,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_lookahead._lightning import root_of, unlogged
 from lightning_lookahead.evaluation.batches import stage
-from lightning_lookahead.evaluation.isolation import undisturbed
+from lightning_lookahead.evaluation.isolation import isolated
 from lightning_lookahead.outer_loop.sharding import entry, reshard
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ class Evaluation:
         if self._metric is not None:
             self._metric.to(trainer.strategy.root_device).reset()
         with (
-            undisturbed(module),
+            isolated(module),
             unlogged(module),
             stage(trainer, training=False),
             trainer.precision_plugin.val_step_context(),

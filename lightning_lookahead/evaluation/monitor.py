@@ -9,7 +9,7 @@ from torchmetrics import Metric
 
 from lightning_lookahead.evaluation import sinks
 from lightning_lookahead.evaluation.batches import Given, check_repeatable, held_out, ready, stage
-from lightning_lookahead.evaluation.isolation import undisturbed
+from lightning_lookahead.evaluation.isolation import isolated
 from lightning_lookahead.evaluation.measure import Evaluation, classify
 from lightning_lookahead.evaluation.records import Record
 from lightning_lookahead.evaluation.window import Window
@@ -135,18 +135,18 @@ class InnerOuterMonitor:
             return  # a run that goes on: this step was evaluated before it was saved
         if slow.cycles.at_sync:
             self.after_sync(trainer, slow)
-        elif self._window.has_step(slow.steps, slow.syncs):  # the run was stopped before it was evaluated
+        elif self._window.observe_step(slow.steps, slow.syncs):  # the run was stopped before it was evaluated
             self._evaluate(trainer, "inner")
 
     def after_step(self, trainer: Trainer, slow: SlowWeights) -> None:
         """Evaluate theta if an inner step was taken and belongs to a window."""
         before, self._steps = self._steps, slow.steps
-        if self._steps != before and self._window.has_step(self._steps, slow.syncs):
+        if self._steps != before and self._window.observe_step(self._steps, slow.syncs):
             self._evaluate(trainer, "inner")
 
     def after_sync(self, trainer: Trainer, slow: SlowWeights) -> None:
         """Evaluate phi if the sync belongs to a window."""
-        if self._window.has_sync(self._steps, slow.syncs):
+        if self._window.observe_sync(self._steps, slow.syncs):
             self._evaluate(trainer, "outer")
 
     def publish(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -182,9 +182,9 @@ class InnerOuterMonitor:
 
     def _held_out(self, trainer: Trainer, limit: int | None) -> list[Any]:
         """The first held-out batches, on the device."""
-        with undisturbed(trainer.lightning_module), stage(trainer, training=False):
+        with isolated(trainer.lightning_module), stage(trainer, training=False):
             loaders = Given(self.data) if self.data is not None else held_out(trainer)
-            with undisturbed(trainer.lightning_module, loaders.parts):
+            with isolated(trainer.lightning_module, loaders.parts):
                 batches = list(ready(trainer, loaders, limit))
         if not batches:
             message = (

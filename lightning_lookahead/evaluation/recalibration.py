@@ -12,7 +12,7 @@ from torch.optim.swa_utils import update_bn
 
 from lightning_lookahead._lightning import root_of
 from lightning_lookahead.evaluation.batches import Given, check_repeatable, for_training, ready, stage
-from lightning_lookahead.evaluation.isolation import undisturbed
+from lightning_lookahead.evaluation.isolation import isolated
 from lightning_lookahead.outer_loop.batch_norm import check_statistics, statistics_of
 from lightning_lookahead.outer_loop.sharding import entry, reshard
 from lightning_lookahead.outer_loop.tensors import copies, copy_
@@ -78,7 +78,7 @@ class Recalibration:
             raise ValueError(message)
         limits = [] if given else [trainer.num_training_batches, *([] if which is True else [which])]
         with (
-            undisturbed(module, loaders.parts),
+            isolated(module, loaders.parts),
             stage(trainer, training=True),
             trainer.precision_plugin.train_step_context(),
         ):

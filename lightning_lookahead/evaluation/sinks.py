@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lightning_lookahead._lightning import is_a
+from lightning_lookahead._lightning import has_class_named
 from lightning_lookahead.evaluation.records import Record
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def write(path: Path, records: Sequence[Record], *, new: bool) -> bool:
 
 def draw(trainer: Trainer, records: Sequence[Record], name: str) -> None:
     """Give every TensorBoard logger the picture of a window."""
-    loggers: list[Any] = [logger for logger in trainer.loggers if is_a(logger, ["TensorBoardLogger"])]
+    loggers: list[Any] = [logger for logger in trainer.loggers if has_class_named(logger, ["TensorBoardLogger"])]
     if not loggers or not records or not trainer.is_global_zero:
         return
     try:

@@ -28,7 +28,7 @@ class Window:
         if self.begins is None:
             self.begins, self._syncs = step, syncs
 
-    def has_step(self, step: int, syncs: int) -> bool:
+    def observe_step(self, step: int, syncs: int) -> bool:
         """Whether this inner step belongs to a window; ``syncs`` are those before it."""
         if self._syncs is None and step > self._first:
             self._syncs = syncs
@@ -36,7 +36,7 @@ class Window:
             self.finished = self.steps
         return self._first < step <= self._last
 
-    def has_sync(self, step: int, syncs: int) -> bool:
+    def observe_sync(self, step: int, syncs: int) -> bool:
         """Whether the sync after this inner step belongs to a window, which may begin there; ``syncs`` include it."""
         over = self._syncs is not None and step >= self._last
         if over and self._every_n_syncs is not None and syncs - (self._syncs or 0) >= self._every_n_syncs:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from lightning_lookahead._arguments import check_alpha, check_k
 from lightning_lookahead.outer_loop.cpu_buckets import CpuBuckets
 from lightning_lookahead.outer_loop.saved_format import GROUP_SETTINGS
-from lightning_lookahead.outer_loop.schedules import Length, StepSize, k_at
+from lightning_lookahead.outer_loop.schedules import CycleLength, StepSize, k_at
 from lightning_lookahead.outer_loop.weight_pairs import Moving
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ class Cycle:
         still: Those that it does not, theta -> phi.
     """
 
-    def __init__(self, k: Length, alpha: StepSize, begins: int) -> None:
+    def __init__(self, k: CycleLength, alpha: StepSize, begins: int) -> None:
         self._k = k
         self.step_size = alpha
         self.begins, self.syncs = begins, 0

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.optim import Optimizer
 
-    from lightning_lookahead.outer_loop.settings import PullbackMomentum
+    from lightning_lookahead._arguments import PullbackMomentum
 
 FIRST_MOMENTS = ("momentum_buffer", "exp_avg")
 """What optimizers call the moving average of the gradient."""

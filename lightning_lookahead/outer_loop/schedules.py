@@ -13,7 +13,7 @@ from lightning_lookahead.outer_loop.adaptive import AdaptiveAlpha
 
 StepSize = float | Callable[[int], float] | AdaptiveAlpha
 """alpha, a function that gives it, of the number of syncs done, or a way to estimate it."""
-Length = int | Callable[[int], float]
+CycleLength = int | Callable[[int], float]
 """k, or a function that gives it, of the number of syncs done; it is rounded."""
 
 
@@ -91,7 +91,7 @@ def check_step_size(alpha: StepSize, name: str = "alpha") -> StepSize:
     return alpha if callable(alpha) else float(alpha)
 
 
-def check_length(k: Length, name: str = "k") -> Length:
+def check_cycle_length(k: CycleLength, name: str = "k") -> CycleLength:
     """Return ``k``; raise unless it is an integer of at least 1 or a function that begins with one."""
     if callable(k):
         k_at(k, 0, name)
@@ -104,12 +104,12 @@ def alpha_at(alpha: float | Callable[[int], float], sync: int, name: str = "alph
     return check_alpha(alpha(sync), f"{name} at sync {sync}") if callable(alpha) else check_alpha(alpha, name)
 
 
-def k_at(k: Length, sync: int, name: str = "k") -> int:
+def k_at(k: CycleLength, sync: int, name: str = "k") -> int:
     """The inner steps of the cycle that ends with a sync; raises if a schedule gives what is out of range."""
     return check_k(round(k(sync)), f"{name} at sync {sync}") if callable(k) else k  # looked at in every step
 
 
-def describe(value: StepSize | Length) -> float | str:
+def describe(value: StepSize | CycleLength) -> float | str:
     """A number as it is; of a function a name, for a checkpoint to compare with."""
     if isinstance(value, (Schedule, AdaptiveAlpha)):
         return repr(value)

@@ -8,13 +8,18 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 
-from lightning_lookahead._arguments import check_choice
-from lightning_lookahead.outer_loop.schedules import Length, StepSize, check_length, check_step_size, describe
+from lightning_lookahead._arguments import PullbackMomentum, check_choice
+from lightning_lookahead.outer_loop.schedules import (
+    CycleLength,
+    StepSize,
+    check_cycle_length,
+    check_step_size,
+    describe,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-PullbackMomentum = Literal["none", "reset", "pullback"]
 Nonfinite = Literal["raise", "skip", "restore"]
 Buffers = Literal["keep", "sync"]
 SlowDtype = Literal["float32", "float64", "bfloat16", "float16"]
@@ -33,7 +38,7 @@ class Settings:
         ValueError: If one is out of range.
     """
 
-    k: Length = 5
+    k: CycleLength = 5
     alpha: StepSize = 0.5
     start_step: int = 0
     pullback_momentum: PullbackMomentum = "none"
@@ -43,7 +48,7 @@ class Settings:
     buffers: Buffers = "keep"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "k", check_length(self.k))  # NumPy's numbers become Python's: files hold them
+        object.__setattr__(self, "k", check_cycle_length(self.k))  # NumPy's numbers become Python's: files hold them
         object.__setattr__(self, "alpha", check_step_size(self.alpha))
         check_start(self.start_step)
         check_choice("pullback_momentum", self.pullback_momentum, get_args(PullbackMomentum))

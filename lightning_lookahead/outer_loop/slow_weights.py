@@ -18,8 +18,8 @@ from lightning_lookahead.outer_loop.nonfinite import all_finite
 from lightning_lookahead.outer_loop.parameters import Parameters
 from lightning_lookahead.outer_loop.persistence import Persistence, Shards
 from lightning_lookahead.outer_loop.saved_format import check_weights
-from lightning_lookahead.outer_loop.schedules import Length, StepSize, describe
-from lightning_lookahead.outer_loop.settings import Buffers, Nonfinite, PullbackMomentum, Settings, warn_of_differences
+from lightning_lookahead.outer_loop.schedules import CycleLength, StepSize, describe
+from lightning_lookahead.outer_loop.settings import Buffers, Nonfinite, Settings, warn_of_differences
 from lightning_lookahead.outer_loop.tensors import copy_
 from lightning_lookahead.outer_loop.weight_pairs import WeightPairs
 
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.optim import Optimizer
 
+    from lightning_lookahead._arguments import PullbackMomentum
     from lightning_lookahead.outer_loop.saved_format import Weights
     from lightning_lookahead.outer_loop.weight_pairs import Moving
 
@@ -103,7 +104,7 @@ class SlowWeights:
     def __init__(
         self,
         optimizer: Optimizer,
-        k: Length = 5,
+        k: CycleLength = 5,
         alpha: StepSize = 0.5,
         *,
         module: nn.Module | None = None,

@@ -28,7 +28,7 @@ def local(tensors: Iterable[Tensor]) -> list[Tensor]:
     return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
 
 
-def place(tensor: Tensor) -> tuple[object, ...]:
+def storage_key(tensor: Tensor) -> tuple[object, ...]:
     """Where a tensor's values lie: equal for two tensors of the same storage, shape and strides."""
     (piece,) = local([tensor])
     return (piece.data_ptr(), piece.shape, piece.stride()) if piece.numel() else (id(tensor),)

@@ -22,7 +22,7 @@ from lightning_lookahead.outer_loop.tensors import (
     exchange_,
     local,
     not_finite,
-    place,
+    storage_key,
 )
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ class WeightPairs:
     def track(self, also: Collection[Tensor] = ()) -> None:
         """Look at the optimizer's groups again; take in ``also``, whether they need a gradient or not."""
         self._listed = parameters_of(self._optimizer)
-        by_storage = {place(parameter): parameter for parameter in reversed(self._listed)}
+        by_storage = {storage_key(parameter): parameter for parameter in reversed(self._listed)}
         single = dict.fromkeys(reversed(by_storage.values()))
         known = self.counterparts
         trained = [p for p in single if (p in known or p.requires_grad or p in also) and p not in self._exclude]

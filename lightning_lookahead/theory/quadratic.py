@@ -11,29 +11,29 @@ sync, takes ``(phi, v)`` to ``P (phi, v)``::
 
     P = diag(alpha, c) M^k + diag(1 - alpha, e)
 
-where c and e are what the sync does to the momentum. In brackets is what the callback calls it, ``pullback_momentum``:
+where c and e are what the sync does to the momentum, the callback's ``pullback_momentum``. In brackets is the paper's
+word:
 
-- maintain (``"none"``): it stays as it is; c = 1, e = 0.
-- interpolate (``"pullback"``): it moves as the weights do; c = alpha, e = 1 - alpha.
-- reset (``"reset"``): it becomes zero; c = e = 0.
+- ``"none"`` (maintain): it stays as it is; c = 1, e = 0.
+- ``"pullback"`` (interpolate): it moves as the weights do; c = alpha, e = 1 - alpha.
+- ``"reset"`` (reset): it becomes zero; c = e = 0.
 
 Source: Zhang, Lucas, Hinton, Ba 2019, deterministic quadratic, with heavy ball as inner optimizer.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, SupportsIndex
+from typing import TYPE_CHECKING, SupportsIndex, get_args
 
 import numpy as np
 
-from lightning_lookahead._arguments import check_alpha, check_choice, check_k
+from lightning_lookahead._arguments import PullbackMomentum, check_alpha, check_choice, check_k
 from lightning_lookahead.theory._checks import check_curvature, check_finite, check_momentum, check_positive
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
 
-Mode = Literal["maintain", "interpolate", "reset"]
-MODES = ("maintain", "interpolate", "reset")
+MODES = get_args(PullbackMomentum)
 
 
 def heavy_ball_matrix(x: ArrayLike, momentum: float) -> NDArray[np.float64]:
@@ -65,7 +65,7 @@ def heavy_ball_matrix(x: ArrayLike, momentum: float) -> NDArray[np.float64]:
 
 
 def lookahead_matrix(
-    x: ArrayLike, momentum: float, *, k: SupportsIndex, alpha: float, mode: Mode = "maintain"
+    x: ArrayLike, momentum: float, *, k: SupportsIndex, alpha: float, mode: PullbackMomentum = "none"
 ) -> NDArray[np.float64]:
     """What one cycle of Lookahead around heavy ball does to ``(phi, v)``: k steps and a sync.
 
@@ -77,8 +77,8 @@ def lookahead_matrix(
         momentum: In [0, 1).
         k: Inner steps between two syncs; at least 1.
         alpha: Slow weights step size, in (0, 1].
-        mode: What the sync does to ``v``: ``"maintain"`` leaves it (the callback's ``pullback_momentum="none"``),
-            ``"interpolate"`` moves it as the weights (``"pullback"``), ``"reset"`` makes it zero (``"reset"``).
+        mode: What the sync does to ``v``: ``"none"`` leaves it, ``"pullback"`` moves it as the weights, ``"reset"``
+            makes it zero.
 
     Returns:
         ``P`` of shape (..., 2, 2).
@@ -98,7 +98,7 @@ def lookahead_matrix(
     """
     alpha = check_alpha(alpha)
     check_choice("mode", mode, MODES)
-    to, stay = {"maintain": (1.0, 0.0), "interpolate": (alpha, 1 - alpha), "reset": (0.0, 0.0)}[mode]
+    to, stay = {"none": (1.0, 0.0), "pullback": (alpha, 1 - alpha), "reset": (0.0, 0.0)}[mode]
     power = np.linalg.matrix_power(heavy_ball_matrix(x, momentum), check_k(k))
     return np.asarray(np.diag([alpha, to]) @ power + np.diag([1 - alpha, stay]))
 
@@ -141,7 +141,7 @@ def spectrum_rate(
     momentum: float,
     k: SupportsIndex = 1,
     alpha: float = 1.0,
-    mode: Mode = "maintain",
+    mode: PullbackMomentum = "none",
 ) -> float:
     """The rate per inner step over all eigenvalues of the Hessian: that of the slowest mode.
 
@@ -153,7 +153,7 @@ def spectrum_rate(
         momentum: In [0, 1).
         k: Inner steps between two syncs; at least 1.
         alpha: Slow weights step size, in (0, 1].
-        mode: ``"maintain"``, ``"interpolate"`` or ``"reset"``, as for `lookahead_matrix`.
+        mode: ``"none"``, ``"pullback"`` or ``"reset"``, as for `lookahead_matrix`.
 
     Raises:
         ValueError: If an argument is out of range.

@@ -9,10 +9,12 @@ import numpy as np
 from lightning_lookahead._arguments import check_k
 from lightning_lookahead.theory._checks import check_curvature, check_finite, check_momentum
 from lightning_lookahead.theory._search import lowest
-from lightning_lookahead.theory.quadratic import Mode, lookahead_matrix, rate
+from lightning_lookahead.theory.quadratic import lookahead_matrix, rate
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
+
+    from lightning_lookahead._arguments import PullbackMomentum
 
 
 class Best(NamedTuple):
@@ -29,7 +31,7 @@ def best_parameters(
     momentum: ArrayLike,
     k: SupportsIndex = 1,
     alpha: float = 1.0,
-    mode: Mode = "maintain",
+    mode: PullbackMomentum = "none",
 ) -> Best:
     """The learning rate, and of some momenta the one, with the best rate over all eigenvalues of the Hessian.
 
@@ -49,7 +51,7 @@ def best_parameters(
         momentum: In [0, 1): a number, or a vector to choose from.
         k: Inner steps between two syncs; at least 1.
         alpha: Slow weights step size, in (0, 1].
-        mode: ``"maintain"``, ``"interpolate"`` or ``"reset"``, as for `lookahead_matrix`.
+        mode: ``"none"``, ``"pullback"`` or ``"reset"``, as for `lookahead_matrix`.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -75,7 +77,7 @@ def best_parameters(
     )
 
 
-def _tune(a: NDArray[np.float64], momentum: float, k: int, alpha: float, mode: Mode) -> Best:
+def _tune(a: NDArray[np.float64], momentum: float, k: int, alpha: float, mode: PullbackMomentum) -> Best:
     largest = 2 * (1 + momentum) / a.max()
 
     def learning_rates(angles: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -8,21 +8,21 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from typing_extensions import override
 
-from lightning_lookahead._arguments import check_choice
+from lightning_lookahead._arguments import PullbackMomentum, check_choice
 from lightning_lookahead._lightning import (
     AVERAGERS,
     TUNERS,
     Callback,
     callbacks_of,
     check_trainer,
-    is_a,
+    has_class_named,
     join_packages,
     log_to_loggers,
 )
 from lightning_lookahead.evaluation.recalibration import check_recalibrate
 from lightning_lookahead.outer_loop.batch_norm import check_statistics
 from lightning_lookahead.outer_loop.saved_format import check_weights
-from lightning_lookahead.outer_loop.settings import Buffers, Nonfinite, PullbackMomentum, Settings
+from lightning_lookahead.outer_loop.settings import Buffers, Nonfinite, Settings
 from lightning_lookahead.trainer.fit import Fit, SyncOptimizers
 from lightning_lookahead.trainer.outer_loops import OTHERS_LOADED, check_sharded_options
 from lightning_lookahead.trainer.rank_check import RankCheck
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
     from lightning_lookahead.evaluation.monitor import InnerOuterMonitor
     from lightning_lookahead.outer_loop.saved_format import Weights
-    from lightning_lookahead.outer_loop.schedules import Length, StepSize
+    from lightning_lookahead.outer_loop.schedules import CycleLength, StepSize
     from lightning_lookahead.outer_loop.slow_weights import SlowWeights
 
 UnfinishedCycle = Literal["drop", "sync"]
@@ -104,7 +104,7 @@ class LookaheadCallback(Callback):
 
     def __init__(  # noqa: PLR0917
         self,
-        k: Length = 5,
+        k: CycleLength = 5,
         alpha: StepSize = 0.5,
         eval_weights: Weights = "slow",
         pullback_momentum: PullbackMomentum = "none",
@@ -177,12 +177,14 @@ class LookaheadCallback(Callback):
         # First, so that every other callback finds the weights that validation and the end of training are about:
         # pruning masks them, averaging replaces them. Only the tuners stay ahead, as Lightning sorts them.
         others = [callback for callback in callbacks_of(trainer) if callback is not self]
-        ahead = sum(is_a(callback, TUNERS) for callback in others)
+        ahead = sum(has_class_named(callback, TUNERS) for callback in others)
         trainer.callbacks = [*others[:ahead], self, *others[ahead:]]  # type: ignore[attr-defined]
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        optimizers = [optimizer for optimizer in trainer.optimizers if not is_a(optimizer, ["_MockOptimizer"])]
+        optimizers = [
+            optimizer for optimizer in trainer.optimizers if not has_class_named(optimizer, ["_MockOptimizer"])
+        ]
         if not optimizers:
             warnings.warn("configure_optimizers gave no optimizer: there is nothing to look ahead with.", stacklevel=2)
             return
@@ -231,7 +233,7 @@ class LookaheadCallback(Callback):
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._trainer = None
-        averages = any(is_a(callback, AVERAGERS) for callback in callbacks_of(trainer))
+        averages = any(has_class_named(callback, AVERAGERS) for callback in callbacks_of(trainer))
         sync_unfinished, leave = self.unfinished_cycle == "sync", None if averages else self.eval_weights
         self._fit.end(trainer, sync_unfinished=sync_unfinished, leave=leave)
 

@@ -14,7 +14,7 @@ from lightning_lookahead.outer_loop.saved_format import OTHER, SHARDS, TENSORS, 
 from lightning_lookahead.outer_loop.settings import warn_of_differences
 from lightning_lookahead.outer_loop.sharding import detach_aliases
 from lightning_lookahead.outer_loop.shards import load_folder
-from lightning_lookahead.outer_loop.tensors import copies, place
+from lightning_lookahead.outer_loop.tensors import copies, storage_key
 from lightning_lookahead.trainer.module_state import state_dict_of_slow
 from lightning_lookahead.trainer.outer_loops import OTHERS_LOADED
 from lightning_lookahead.trainer.pruned import make_permanent
@@ -189,11 +189,11 @@ class CheckpointHooks:
         if self._in_batch or any(slow.sharded for slow in self._loops.slow_weights):
             return
         self._shown = [slow for slow in self._loops.slow_weights if slow.counting and slow.active != self._weights]
-        live = {place(value): p for slow in self._shown for p, value in slow.values(self._weights).items()}
+        live = {storage_key(value): p for slow in self._shown for p, value in slow.values(self._weights).items()}
         for slow in self._shown:
             slow.swap_to(self._weights)
         for name, value in state_dict.items():
-            parameter = live.get(place(value)) if isinstance(value, torch.Tensor) else None
+            parameter = live.get(storage_key(value)) if isinstance(value, torch.Tensor) else None
             if parameter is not None:
                 self._replaced.append((state_dict, name, value))
                 state_dict[name] = parameter.detach()

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import sys
-import traceback
 from argparse import ArgumentError
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -20,17 +21,6 @@ from lightning_lookahead.trainer.comparison import compare_weights
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-
-_NOT_THE_USERS = {
-    "__main__",
-    "fsspec",
-    "jsonargparse",
-    "lightning",
-    "lightning_lookahead",
-    "lightning_utilities",
-    "torch",
-}
 
 
 class LookaheadTrainer(Trainer):
@@ -81,11 +71,11 @@ class LookaheadTrainer(Trainer):
 
 
 class OneLineParser(LightningArgumentParser):
-    """A parser that refuses in one line, with exit code 2."""
+    """A parser that refuses in one line, with exit code 2. With ``JSONARGPARSE_DEBUG=1`` there is a traceback, too."""
 
     @override
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        if not self.exit_on_error:  # jsonargparse tries one type after the other
+        if not self.exit_on_error or "JSONARGPARSE_DEBUG" in os.environ:  # it tries one type after the other
             super().error(message, ex)
         self.exit(2, f"error: {' '.join(message.split())}\n")
 
@@ -146,15 +136,11 @@ class LookaheadCLI(LightningCLI):
         self.parser.exit_on_error = False
         try:
             super()._parse_ckpt_path()
-            path = self.config.get(self.config.get("subcommand"), {}).get("ckpt_path")
-            if path is not None and Path(path).is_file():
-                read_checkpoint(path, weights_only=True)
         except ArgumentError:
             pass  # hyperparameters that a program of another kind has saved: the model is as it was given here
         except Exception as error:  # noqa: BLE001 (whatever a cut file raises)
-            path = self.config[self.config.subcommand].ckpt_path
             self.parser.exit_on_error = True
-            self.parser.error(f"ckpt_path={path} cannot be read as a checkpoint: {type(error).__name__}: {error}")
+            self._refuse(error)
         finally:
             self.parser.exit_on_error = True
 
@@ -165,21 +151,34 @@ class LookaheadCLI(LightningCLI):
 
     @contextmanager
     def _in_one_line(self) -> Iterator[None]:
+        """Refuse in one line what goes wrong before the first batch; from then on an error keeps its traceback."""
         try:
             yield
         except Exception as error:
-            if not _says_all(error):
+            if self._has_begun():
                 raise
-            self.parser.error(str(error))
+            self._refuse(error)
 
+    def _has_begun(self) -> bool:
+        trainer = getattr(self, "trainer", None)
+        if trainer is None:
+            return False
+        loops = trainer.fit_loop.epoch_loop, trainer.fit_loop.epoch_loop.val_loop, trainer.validate_loop
+        return any(loop.batch_progress.total.started for loop in (*loops, trainer.test_loop, trainer.predict_loop))
 
-def _says_all(error: Exception) -> bool:
-    """Whether an error is about a value that was given: of these kinds, and from code that is not the user's."""
-    modules = [
-        frame.f_globals.get("__name__", "").partition(".")[0] for frame, _ in traceback.walk_tb(error.__traceback__)
-    ]
-    theirs = set(modules) - _NOT_THE_USERS - sys.stdlib_module_names
-    return not theirs and isinstance(error, (ValueError, OSError, RuntimeError, MisconfigurationException))
+    def _refuse(self, error: Exception) -> NoReturn:
+        """Say what is wrong: of a checkpoint, if there is one that cannot be read."""
+        path = self.config.get(self.config.get("subcommand"), {}).get("ckpt_path")
+        try:
+            if path is not None and Path(path).exists():
+                read_checkpoint(path, weights_only=True)
+        except UnpicklingError:
+            pass  # it is whole, and holds objects
+        except ValueError as damage:
+            self.parser.error(f"ckpt_path={path} cannot be read as a checkpoint: {damage}")
+        if not isinstance(error, (ValueError, OSError, RuntimeError, MisconfigurationException)):
+            raise error
+        self.parser.error(str(error), error)
 
 
 def main() -> None:

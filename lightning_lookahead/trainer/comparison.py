@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch.utils._pytree import tree_leaves
 
-from lightning_lookahead._lightning import AVERAGERS, Callback, DummyLogger, callbacks_of, is_a, root_of
+from lightning_lookahead._lightning import AVERAGERS, Callback, DummyLogger, callbacks_of, has_class_named, root_of
 from lightning_lookahead.checkpointing import read_checkpoint, weights_in
 from lightning_lookahead.evaluation.batches import check_repeatable
-from lightning_lookahead.evaluation.isolation import undisturbed
+from lightning_lookahead.evaluation.isolation import isolated
 from lightning_lookahead.evaluation.recalibration import Recalibration, check_recalibrate
 from lightning_lookahead.trainer.callback import LookaheadCallback
 from lightning_lookahead.trainer.module_state import kept_weights, load_whole
@@ -117,7 +117,7 @@ def compare_weights(
     if trainer.state.status == "running":
         message = "compare_weights was called inside a run of this Trainer: call it when that has ended."
         raise RuntimeError(message)
-    if is_a(trainer.strategy, ["FSDPStrategy"]):
+    if has_class_named(trainer.strategy, ["FSDPStrategy"]):
         message = (
             "compare_weights does not work with FSDPStrategy, which cannot validate a module twice: give a checkpoint"
             " of the run, ckpt_path=, to a Trainer with one device, DDP or ModelParallelStrategy."
@@ -131,7 +131,7 @@ def compare_weights(
     found: dict[str, dict[str, float]] = {}
     for weights in ("slow", "fast"):
         with ExitStack() as stack:
-            stack.enter_context(undisturbed(module, [*tree_leaves(dataloaders), datamodule]))
+            stack.enter_context(isolated(module, [*tree_leaves(dataloaders), datamodule]))
             stack.enter_context(_unlogged(trainer))
             recalibrating = not isinstance(recalibrate_batch_norm, int) or recalibrate_batch_norm > 0
             own: list[Callback] = [_Recalibrating(recalibration, recalibrate_batch_norm)] if recalibrating else []
@@ -150,7 +150,7 @@ def compare_weights(
 def _trained(trainer: Trainer, module: LightningModule) -> LookaheadCallback:
     """The callback that has both sets of this module's weights."""
     for callback in callbacks_of(trainer):
-        if is_a(callback, AVERAGERS):
+        if has_class_named(callback, AVERAGERS):
             message = (
                 f"{type(callback).__name__} has put its average in the place of the fast weights when training ended:"
                 " give a checkpoint of the run, ckpt_path=."
@@ -231,7 +231,7 @@ def _with_callbacks(trainer: Trainer, own: list[Callback]) -> Iterator[None]:
     """Add callbacks, and leave out those that validate with an average of their own, which is neither set."""
     callbacks = callbacks_of(trainer)
     before = list(callbacks)
-    callbacks[:] = [*(callback for callback in before if not is_a(callback, AVERAGERS)), *own]
+    callbacks[:] = [*(callback for callback in before if not has_class_named(callback, AVERAGERS)), *own]
     try:
         yield
     finally:

@@ -6,7 +6,7 @@ import functools
 from typing import TYPE_CHECKING, Any, Literal
 
 from lightning_lookahead._lightning import training_loss
-from lightning_lookahead.evaluation.isolation import undisturbed
+from lightning_lookahead.evaluation.isolation import isolated
 from lightning_lookahead.outer_loop.adaptive import AdaptiveAlpha, TrainingLoss
 from lightning_lookahead.trainer.checkpoint_hooks import CheckpointHooks
 from lightning_lookahead.trainer.outer_loops import OuterLoops
@@ -83,7 +83,7 @@ class Fit:
             slow.alpha.loss = None
             if outputs and outputs.get("loss") is not None:  # training_step may have returned None
                 loss = functools.partial(training_loss, trainer, pl_module, batch, batch_idx)
-                slow.alpha.loss = TrainingLoss(loss, functools.partial(undisturbed, pl_module))
+                slow.alpha.loss = TrainingLoss(loss, functools.partial(isolated, pl_module))
 
     @property
     def _needs_loss(self) -> bool:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lightning_lookahead.outer_loop.sharding import load_named, reshard
-from lightning_lookahead.outer_loop.tensors import copies, copy_, place
+from lightning_lookahead.outer_loop.tensors import copies, copy_, storage_key
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator
@@ -33,12 +33,12 @@ def state_dict_of_slow(
     for slow in slow_weights:
         if slow.active == "fast":
             pairs += zip(slow.statistics.live, slow.statistics.kept, strict=True)
-    by_place = {place(fast): (fast.dtype, phi) for fast, phi in pairs if fast.numel()}
-    missing = set(by_place)
+    by_storage = {storage_key(fast): (fast.dtype, phi) for fast, phi in pairs if fast.numel()}
+    missing = set(by_storage)
     for name, value in state_dict.items():
-        where = place(value) if isinstance(value, torch.Tensor) else ()
-        if where in by_place and value.dtype == by_place[where][0]:
-            state_dict[name] = by_place[where][1].detach().to(value)
+        where = storage_key(value) if isinstance(value, torch.Tensor) else ()
+        if where in by_storage and value.dtype == by_storage[where][0]:
+            state_dict[name] = by_storage[where][1].detach().to(value)
             missing.discard(where)
     return None if missing else state_dict
 
