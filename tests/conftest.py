@@ -4,7 +4,8 @@ import os
 import pytest
 import torch
 from hypothesis import settings
-from processes import Groups
+
+from tests.helpers.processes import Groups
 
 # The same examples in every run. `--hypothesis-profile=explore` looks for others.
 settings.register_profile("same", derandomize=True)

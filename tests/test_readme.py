@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 import yaml
-from classifier import Classifier
 
 import lightning_lookahead
 from lightning_lookahead import InnerOuterMonitor, LookaheadCallback
+from tests.helpers.classifier import Classifier
+from tests.helpers.places import ROOT
 
-ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
 

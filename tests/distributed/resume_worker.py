@@ -1,10 +1,10 @@
 """Runs with a checkpoint after every step, and runs that go on from each."""
 
 from lightning.pytorch.callbacks import ModelCheckpoint
-from runs import Regression, both, equal, inputs, make_trainer
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from lightning_lookahead import LookaheadCallback
+from tests.helpers.runs import Regression, both, equal, inputs, make_trainer
 
 STEPS, K = 10, 4
 

@@ -5,8 +5,9 @@ import sys
 
 import pytest
 import torch
-from sharded_worker import resume, train
-from test_sharded import close, loaded, reference, same
+
+from tests.distributed.test_sharded import close, loaded, reference, same
+from tests.helpers.sharded import resume, train
 
 pytestmark = [
     pytest.mark.cuda,

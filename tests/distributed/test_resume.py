@@ -1,8 +1,9 @@
 """Stop anywhere, resume in a new process: the run is the uninterrupted run, bit for bit."""
 
 import pytest
-from resume_worker import resume, train
-from runs import equal
+
+from tests.distributed.resume_worker import resume, train
+from tests.helpers.runs import equal
 
 
 @pytest.mark.parametrize(

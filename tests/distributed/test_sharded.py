@@ -4,14 +4,14 @@ import subprocess
 import sys
 
 import pytest
-from fabric_worker import resume_by_distributed_checkpoint, resume_in_fabric
-from foreign_worker import start_from_a_foreign_checkpoint
-from oracle import lookahead
-from runs import equal
-from sharded_laws_worker import check_laws
-from sharded_worker import STEPS, K, Sharded, resume, train
 
 from lightning_lookahead import load_weights
+from tests.distributed.fabric_worker import resume_by_distributed_checkpoint, resume_in_fabric
+from tests.distributed.foreign_worker import start_from_a_foreign_checkpoint
+from tests.distributed.sharded_laws_worker import check_laws
+from tests.helpers.oracle import lookahead
+from tests.helpers.runs import equal
+from tests.helpers.sharded import STEPS, K, Sharded, resume, train
 
 KINDS = ["ddp", "fsdp1", "fsdp1_flat", "fsdp1_grad_op", "fsdp2", "fsdp2_full", "fsdp2_hsdp", "tp", "tp_full"]
 OTHER = "other"
