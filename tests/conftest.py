@@ -27,6 +27,12 @@ def ranks(tmp_path_factory):
     groups.close()
 
 
+@pytest.fixture(scope="session")
+def program(ranks):
+    """Runs a program in a process that need not import torch and Lightning once more."""
+    return ranks.forks.program
+
+
 @pytest.fixture(autouse=True)
 def _seed_and_folder(tmp_path, monkeypatch):
     torch.manual_seed(0)

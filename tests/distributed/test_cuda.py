@@ -6,8 +6,7 @@ import sys
 import pytest
 import torch
 
-from tests.distributed.test_sharded import close, loaded, reference, same
-from tests.helpers.sharded import resume, train
+from tests.helpers.sharded import close, loaded, reference, resume, same, train
 
 pytestmark = [
     pytest.mark.cuda,

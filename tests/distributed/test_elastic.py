@@ -6,9 +6,8 @@ import sys
 
 import pytest
 
-from tests.distributed.test_sharded import close, loaded, reference, same
 from tests.helpers.places import environment
-from tests.helpers.sharded import train
+from tests.helpers.sharded import close, loaded, reference, same, train
 
 ELASTIC = ("-m", "tests.distributed.elastic_worker")
 WORKER = ("-m", "tests.helpers.sharded")

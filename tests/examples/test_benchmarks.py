@@ -45,16 +45,16 @@ def test_a_smoke_run_prints_tables_and_writes_what_they_hold(name, tmp_path):
 
 
 @pytest.mark.benchmark
-def test_a_device_that_is_not_there_is_said_in_one_line(tmp_path):
-    done = start("sync", "--device", "cuda", cwd=tmp_path)
+def test_a_device_that_is_not_there_is_said_in_one_line(program):
+    done = program(BENCHMARKS / "sync.py", "--device", "cuda")
     assert done.returncode == 1
-    assert done.stdout == "sync.py: there is no CUDA device here.\n"
+    assert done.stderr == "sync.py: there is no CUDA device here.\n"
 
 
 @pytest.mark.benchmark
-def test_the_published_results_are_what_the_records_give(tmp_path):
-    done = start("results", "--check", cwd=tmp_path)
-    assert done.returncode == 0, done.stdout
+def test_the_published_results_are_what_the_records_give(program):
+    done = program(BENCHMARKS / "results.py", "--check")
+    assert done.returncode == 0, done.stdout + done.stderr
     published = (BENCHMARKS / "RESULTS.md").read_text()
     assert sorted(re.findall(r"<!-- records: (\w+) -->", published)) == sorted(
         path.stem for path in (BENCHMARKS / "records").glob("*.json")

@@ -5,7 +5,7 @@ and then neither does torchmetrics, so it must not be installed there. To run th
 outside of the environment and name the folder::
 
     pip install --no-deps --target FOLDER torchvision==0.28.0    # the one for torch 2.13
-    TORCHVISION_FOLDER=FOLDER pytest tests/test_imagenet.py
+    TORCHVISION_FOLDER=FOLDER pytest -m slow tests/examples/test_imagenet.py
 
 What is then missing are two detection operators, which are declared below; models, folders and transforms are real.
 """
@@ -59,7 +59,7 @@ def run(*arguments, env=None):
     )
 
 
-def program(env, *arguments):
+def start(env, *arguments):
     return run(imagenet.__file__, *arguments, env=env)
 
 
@@ -72,7 +72,7 @@ def records(folder):
 def smoke(torchvision, tmp_path_factory):
     """The folder of a smoke run on one device, and what it has printed."""
     out = tmp_path_factory.mktemp("smoke")
-    done = program(torchvision, "--smoke", "--out", out)
+    done = start(torchvision, "--smoke", "--out", out)
     assert done.returncode == 0, done.stderr
     return out, done.stdout
 
@@ -104,7 +104,7 @@ def test_a_smoke_run_leaves_a_pair_of_records_a_table_and_a_figure(smoke):
 def test_what_is_recorded_is_not_done_again(smoke, torchvision):
     out, printed = smoke
     before = (out / "imagenet.jsonl").read_bytes()
-    again = program(torchvision, "--smoke", "--out", out)
+    again = start(torchvision, "--smoke", "--out", out)
     assert again.returncode == 0
     assert "imagenet 1/2" in printed
     assert "imagenet 1/2" not in again.stdout
@@ -124,7 +124,7 @@ def test_a_run_that_was_killed_goes_on_after_its_last_epoch(smoke, torchvision, 
     first = curves["loss"][0]
     curves["loss"][0] = 123.0  # shows that it went on from here
     torch.save(checkpoint, found[0])
-    assert program(torchvision, "--smoke", "--out", tmp_path).returncode == 0
+    assert start(torchvision, "--smoke", "--out", tmp_path).returncode == 0
     resumed, _ = records(tmp_path)
     assert resumed["results"]["curves"]["loss"][0] == 123.0
     resumed["results"]["curves"]["loss"][0] = first
@@ -135,7 +135,7 @@ def test_a_run_that_was_killed_goes_on_after_its_last_epoch(smoke, torchvision, 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_two_processes_train_one_network_and_record_it_once(strategy, torchvision, tmp_path):
     two = ("--devices", "2", "--strategy", strategy, "--accelerator", "cpu")
-    done = program(torchvision, "--smoke", *two, "--out", tmp_path)
+    done = start(torchvision, "--smoke", *two, "--out", tmp_path)
     assert done.returncode == 0, done.stderr
     assert [record["settings"]["k"] for record in records(tmp_path)] == [0, 5]
     assert {record["settings"]["world"] for record in records(tmp_path)} == {2}
@@ -144,19 +144,20 @@ def test_two_processes_train_one_network_and_record_it_once(strategy, torchvisio
 
 @pytest.mark.slow
 def test_what_lightning_refuses_is_said_in_one_line(torchvision, tmp_path):
-    done = program(torchvision, "--smoke", "--strategy", "fsdp1", "--accelerator", "cpu", "--out", tmp_path)
+    done = start(torchvision, "--smoke", "--strategy", "fsdp1", "--accelerator", "cpu", "--out", tmp_path)
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
     assert line.startswith("imagenet.py: The strategy `fsdp` requires a GPU")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_image_that_is_cut_off_is_named_when_it_is_read(workers, torchvision, tmp_path):
     data = imagenet.make_images(tmp_path / "data")
     image = data / "train" / "class3" / "2.JPEG"
     image.write_bytes(image.read_bytes()[:1000])
     size = ("--epochs", "1", "--batch-size", "24")  # all images at once: nothing is trained before
-    done = program(torchvision, "--data", data, *size, "--workers", str(workers), "--out", tmp_path / "out")
+    done = start(torchvision, "--data", data, *size, "--workers", str(workers), "--out", tmp_path / "out")
     assert done.returncode == 1
     last = done.stderr.splitlines()[-1]
     assert last.startswith(f"imagenet.py: {image} is no whole image (")
@@ -174,10 +175,10 @@ def test_help_works_without_torchvision(monkeypatch, capsys):
         assert option in printed
 
 
-def test_without_torchvision_the_command_says_in_one_line_what_to_install(tmp_path):
-    without = "import sys; sys.modules['torchvision'] = None; sys.argv[0] = imagenet.__file__; imagenet.main()"
-    env = environment(Path(imagenet.__file__).parent)
-    done = run("-c", f"import imagenet; {without}", "--smoke", "--out", str(tmp_path), env=env)
+def test_without_torchvision_the_command_says_in_one_line_what_to_install(tmp_path, program):
+    paths = f"sys.path.insert(0, {str(Path(imagenet.__file__).parent)!r}); sys.modules['torchvision'] = None"
+    command = f"import sys; {paths}; import imagenet; sys.argv[:2] = [imagenet.__file__]; imagenet.main()"
+    done = program("-c", command, "--smoke", "--out", tmp_path)
     assert done.returncode == 1
     assert done.stderr == "imagenet.py: torchvision is not installed: pip install torchvision\n"
 
@@ -210,8 +211,8 @@ def test_a_folder_that_is_not_as_it_should_be_is_told_in_one_line(present, messa
     assert not (tmp_path / "out").exists()
 
 
-def test_the_command_says_so_of_a_missing_folder(tmp_path):
-    done = program(None, "--data", "nowhere", "--out", tmp_path)
+def test_the_command_says_so_of_a_missing_folder(tmp_path, program):
+    done = program(imagenet.__file__, "--data", "nowhere", "--out", tmp_path)
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
     assert line.startswith("imagenet.py: no folder 'nowhere/train'. ImageNet (ILSVRC2012) is to be had at https://")

@@ -110,9 +110,9 @@ def test_data_that_is_not_there_gives_one_line(tmp_path, name, message):
     assert not (tmp_path / "outputs").exists()
 
 
-def test_the_published_results_are_what_the_records_give(tmp_path):
-    published = start("results", "--check", cwd=tmp_path)
-    assert published.returncode == 0, published.stdout
+def test_the_published_results_are_what_the_records_give(program):
+    published = program(PAPER / "results.py", "--check")
+    assert published.returncode == 0, published.stdout + published.stderr
 
 
 @pytest.mark.slow

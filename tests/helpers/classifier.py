@@ -9,6 +9,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
+from tests.helpers.oracle import lookahead
+
 
 def images(number, seed):
     generator = torch.Generator().manual_seed(seed)
@@ -73,3 +75,59 @@ def same(left, right):
     if isinstance(left, dict):
         return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
     return torch.equal(left, right) if isinstance(left, torch.Tensor) else left == right
+
+
+class Manual(Classifier):
+    """Takes several steps in a batch, by hand."""
+
+    def __init__(self, **settings):
+        super().__init__(**settings)
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers()
+        for _ in range(2):
+            optimizer.zero_grad()
+            self.manual_backward(super().training_step(batch, batch_idx))
+            optimizer.step()
+
+
+class Normed(Classifier):
+    """Data that depend on the step's number alone."""
+
+    def __init__(self, **settings):
+        super().__init__(**settings)
+        self.net[3].p = 0.0
+
+    def train_dataloader(self):
+        return DataLoader(images(self.batches * 8, 2), batch_size=8)
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step(images(8, self.trainer.global_step)[:], batch_idx)
+
+    def statistics(self):
+        return [self.net[1].running_mean.clone(), self.net[1].running_var.clone()]
+
+
+def normed(steps):
+    """theta and phi of weights and statistics, written out."""
+    model = Normed()
+    optimizer = model.configure_optimizers()
+    moved = [*model.parameters(), model.net[1].running_mean, model.net[1].running_var]
+
+    def inner_step(index):
+        optimizer.zero_grad()
+        x, y = images(8, index)[:]
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+
+    phi = lookahead(moved, inner_step, k=3, alpha=0.5, steps=steps)
+    return [tensor.detach().clone() for tensor in moved], phi
+
+
+def both_with_statistics(callback, model):
+    shown = []
+    for weights in ("fast", "slow"):
+        with callback.use_weights(weights):
+            shown.append([*model.weights(), *model.statistics()])
+    return shown

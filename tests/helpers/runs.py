@@ -6,10 +6,11 @@ import sys
 from pathlib import Path
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 from torch.utils.data import DataLoader
 
+from lightning_lookahead import LookaheadCallback
 from tests.helpers.oracle import lookahead
 
 
@@ -105,3 +106,76 @@ def both(callback, module):
         with callback.use_weights(weights):
             shown.append(module.weights())
     return tuple(shown)
+
+
+def fit(callback, module=None, **settings):
+    module = module or Regression(batches=12)
+    ckpt_path = settings.pop("ckpt_path", None)
+    trainer = make_trainer(callback, **{"max_steps": 8, "max_epochs": 9, **settings})
+    trainer.fit(module, ckpt_path=ckpt_path)
+    return module, trainer
+
+
+def checkpoint_after(steps, module_class=Regression, path="from.ckpt", callbacks=None, **settings):
+    callbacks = [LookaheadCallback(k=3)] if callbacks is None else callbacks
+    trainer = make_trainer(*callbacks, max_steps=steps)
+    trainer.fit(module_class(**settings))
+    trainer.save_checkpoint(path)
+    return path
+
+
+def last_loss(weights):
+    """Validation loss of `Regression` with these weights."""
+    module = Regression()
+    with torch.no_grad():
+        for parameter, value in zip(module.net.parameters(), weights, strict=True):
+            parameter.copy_(value)
+    return module.loss(1000).item()
+
+
+class Seen(Callback):
+    """What the module holds in each of the hooks around a validation."""
+
+    def __init__(self):
+        self.weights = {}
+
+    def record(self, hook, trainer, pl_module):
+        self.weights.setdefault((hook, trainer.global_step), pl_module.weights())
+
+    def on_validation_start(self, trainer, pl_module):
+        self.record("on_validation_start", trainer, pl_module)
+
+    def on_validation_epoch_end(self, trainer, pl_module):
+        self.record("on_validation_epoch_end", trainer, pl_module)
+
+    def on_validation_end(self, trainer, pl_module):
+        self.record("on_validation_end", trainer, pl_module)
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.record("on_train_batch_end", trainer, pl_module)
+
+
+class SeveralSteps(Regression):
+    """Two optimizers in manual optimization: the first steps ``first`` times in a batch, the second every batch."""
+
+    def __init__(self, first=3):
+        super().__init__()
+        self.automatic_optimization = False
+        self.first, self.taken = first, 0
+        self.other = nn.Linear(3, 2).to(torch.float64)
+
+    def configure_optimizers(self):
+        return super().configure_optimizers(), torch.optim.Adam(self.other.parameters(), lr=0.01)
+
+    def training_step(self, batch, batch_idx):
+        first, second = self.optimizers()
+        for _ in range(self.first):
+            self.toggle_optimizer(first)
+            first.zero_grad()
+            self.manual_backward(self.loss(self.taken))
+            first.step()
+            self.untoggle_optimizer(first)
+            self.taken += 1
+        second.zero_grad()
+        self.manual_backward((self.other(inputs(self.taken)) - 1).square().mean())
+        second.step()

@@ -16,10 +16,13 @@ from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolic
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from lightning_lookahead import Linear, LookaheadCallback
-from tests.helpers.runs import Regression, inputs, leave, make_trainer
+from lightning_lookahead import Linear, LookaheadCallback, load_weights
+from tests.helpers.oracle import lookahead
+from tests.helpers.runs import Regression, equal, inputs, leave, make_trainer
 
 STEPS, K = 8, 3
+
+
 MODES = {
     "": {},
     "reset": {"pullback_momentum": "reset"},
@@ -27,6 +30,8 @@ MODES = {
     "schedule": {"alpha": Linear(0.3, 0.9, 2), "start_step": 1},
     "groups": {"exclude": "net.0.bias", "nonfinite": "restore", "slow_dtype": "float64"},
 }
+
+
 BACKEND = "nccl" if torch.cuda.is_available() else "gloo"
 
 
@@ -147,6 +152,42 @@ def _fit_to_the_end(*arguments, **options):
     assert counted == (STEPS, (STEPS - callback.start_step) // K), f"counted {counted}"
     assert trainer.global_step == STEPS
     return trainer
+
+
+def reference(kind, optimizer, accumulate=1):
+    """theta and phi of one process, by name."""
+    module = Sharded(optimizer, kind)
+    inner = module.optimizer_class(module.parameters(), **module.settings)
+
+    def inner_step(index):
+        inner.zero_grad()
+        for _ in range(accumulate):
+            (module.loss(index) / accumulate).backward()
+        inner.step()
+
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    phi = dict(zip(trained, lookahead(trained, inner_step, k=K, alpha=0.5, steps=STEPS), strict=True))
+    named = list(module.named_parameters(remove_duplicate=False))
+    return {
+        "fast": {name: parameter.detach() for name, parameter in named},
+        "slow": {name: phi.get(parameter, parameter).detach() for name, parameter in named},
+    }
+
+
+def distance(left, right):
+    return max((left[name] - right[name]).abs().max().item() for name in right)
+
+
+def loaded(path):
+    return {weights: load_weights(path, weights) for weights in ("slow", "fast")}
+
+
+def same(left, right):
+    return all(equal(left[weights].values(), right[weights].values()) for weights in ("slow", "fast"))
+
+
+def close(left, right, tolerance):
+    return max(distance(left[weights], right[weights]) for weights in ("slow", "fast")) < tolerance
 
 
 def main():

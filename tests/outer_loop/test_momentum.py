@@ -8,8 +8,8 @@ from torch import nn
 
 from lightning_lookahead import LookaheadCallback, SlowWeights
 from lightning_lookahead.momentum import FIRST_MOMENTS, Momentum, state_names
-from tests.helpers.runs import Regression, both, equal, make_trainer
-from tests.outer_loop.test_slow_weights import OPTIMIZERS, Problem
+from tests.helpers.problem import OPTIMIZERS, Problem
+from tests.helpers.runs import Regression, equal, make_trainer
 
 ALPHA, K, STEPS = 0.6, 2, 7
 
@@ -182,26 +182,6 @@ def test_a_class_that_cannot_be_tried_is_believed():
         weight.grad = gradient(weight.detach(), step)
         optimizer.step()
     torch.testing.assert_close(weight.detach(), sgd("reset")[0], rtol=1e-13, atol=1e-13)
-
-
-@pytest.mark.parametrize("mode", ["reset", "pullback"])
-@pytest.mark.parametrize("optimizer", ["SGD", "Adam"])
-def test_a_run_stopped_anywhere_goes_on_bit_for_bit(optimizer, mode):
-    def fit(steps, ckpt_path=None):
-        callback, module = LookaheadCallback(k=3, pullback_momentum=mode), Regression(optimizer, batches=5)
-        trainer = make_trainer(callback, max_steps=steps, max_epochs=9)
-        trainer.fit(module, ckpt_path=ckpt_path)
-        return callback, module, trainer
-
-    whole = both(*fit(11)[:2])
-    for stop in range(1, 10):
-        fit(stop)[2].save_checkpoint("stop.ckpt")
-        resumed = both(*fit(11, "stop.ckpt")[:2])
-        assert equal(whole[0], resumed[0]), stop
-        assert equal(whole[1], resumed[1]), stop
-    plain = LookaheadCallback(k=3)
-    make_trainer(plain, max_steps=11, max_epochs=9).fit(module := Regression(optimizer, batches=5))
-    assert not equal(both(plain, module)[0], whole[0])
 
 
 def test_a_copy_goes_on_by_itself():

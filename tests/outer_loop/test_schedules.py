@@ -5,7 +5,8 @@ import torch
 
 from lightning_lookahead import Constant, Cosine, Linear, LookaheadCallback, SlowWeights
 from lightning_lookahead.step_size import describe
-from tests.outer_loop.test_slow_weights import Problem, equal, slow_values
+from tests.helpers.problem import Problem, slow_values
+from tests.helpers.runs import equal
 
 
 def by_hand(alphas, lengths, steps):

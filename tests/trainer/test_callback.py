@@ -6,15 +6,12 @@ import sys
 import pytest
 import pytorch_lightning
 import torch
-from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.plugins import MixedPrecision
-from torch import nn
+from lightning.pytorch import Callback
 from torch.utils.data import DataLoader
 
 from lightning_lookahead import LookaheadCallback, load_weights
 from tests.helpers.oracle import lookahead
-from tests.helpers.runs import Regression, both, equal, inputs, logged_by, make_trainer, reference
+from tests.helpers.runs import Regression, both, equal, make_trainer, reference
 
 
 def hooks(optimizer):
@@ -64,13 +61,6 @@ def test_with_eval_weights_fast_the_module_holds_theta():
     assert equal(both(callback, module)[1], phi)
 
 
-def test_alpha_one_is_the_run_without_the_callback():
-    with_callback, without = Regression("Adam"), Regression("Adam")
-    make_trainer(LookaheadCallback(k=2, alpha=1.0, eval_weights="fast"), max_steps=7).fit(with_callback)
-    make_trainer(max_steps=7).fit(without)
-    assert equal(with_callback.weights(), without.weights())
-
-
 def test_it_runs_unchanged_in_a_pytorch_lightning_trainer():
     class Twin(pytorch_lightning.LightningModule):
         def __init__(self):
@@ -110,137 +100,6 @@ assert rank_zero.log.name.startswith({package!r}), rank_zero.log.name
 assert {package!r} == "pytorch_lightning" or "pytorch_lightning" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", program], check=True)
-
-
-# -- counting
-
-
-def test_accumulation_with_a_short_last_window_counts_optimizer_steps():
-    callback, module = LookaheadCallback(k=2), Regression(batches=5)
-    seen = []
-
-    class Watch(Callback):
-        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-            seen.append((callback.slow_weights[0].steps, callback.slow_weights[0].syncs))
-
-    make_trainer(callback, Watch(), max_epochs=2, accumulate_grad_batches=2).fit(module)
-    # windows of 2, 2 and 1 batches; a batch that did not step does not sync a second time
-    expected = [(0, 0), (1, 0), (1, 0), (2, 1), (3, 1), (3, 1), (4, 2), (4, 2), (5, 2), (6, 3)]
-    assert seen == expected
-
-
-def test_a_training_step_that_returns_none_is_no_inner_step():
-    class Sometimes(Regression):
-        def training_step(self, batch, batch_idx):
-            return None if batch_idx in {1, 2} else super().training_step(batch, batch_idx)
-
-    callback = LookaheadCallback(k=2)
-    trainer = make_trainer(callback, max_epochs=2)
-    trainer.fit(Sometimes())
-    assert trainer.global_step == 10
-    assert (callback.slow_weights[0].steps, callback.slow_weights[0].syncs) == (6, 3)
-
-
-@pytest.mark.parametrize("fused", [False, True])
-def test_steps_that_the_scaler_skips_are_no_inner_steps(fused):
-    class Overflowing(Regression):
-        def training_step(self, batch, batch_idx):
-            loss = super().training_step(batch, batch_idx)
-            return loss * float("inf") if batch_idx == 1 else loss
-
-        def configure_optimizers(self):
-            return torch.optim.SGD(self.net.parameters(), lr=0.01, fused=fused)
-
-    callback = LookaheadCallback(k=4)
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
-    plugin = MixedPrecision("16-mixed", "cpu", scaler=scaler)
-    trainer = make_trainer(callback, max_epochs=2, plugins=[plugin])
-    module = Overflowing()
-    module.net.float()
-    module.loss = lambda step: (module.net(inputs(step).float()) - 1).square().mean()
-    trainer.fit(module)
-    assert trainer.global_step == 10
-    assert callback.slow_weights[0].steps == 8
-    assert callback.slow_weights[0].syncs == 2
-
-
-class Manual(Regression):
-    """Two optimizers in manual optimization: the first steps ``first`` times in a batch, the second every batch."""
-
-    def __init__(self, first=3):
-        super().__init__()
-        self.automatic_optimization = False
-        self.first, self.taken = first, 0
-        self.other = nn.Linear(3, 2).to(torch.float64)
-
-    def configure_optimizers(self):
-        return super().configure_optimizers(), torch.optim.Adam(self.other.parameters(), lr=0.01)
-
-    def training_step(self, batch, batch_idx):
-        first, second = self.optimizers()
-        for _ in range(self.first):
-            self.toggle_optimizer(first)
-            first.zero_grad()
-            self.manual_backward(self.loss(self.taken))
-            first.step()
-            self.untoggle_optimizer(first)
-            self.taken += 1
-        second.zero_grad()
-        self.manual_backward((self.other(inputs(self.taken)) - 1).square().mean())
-        second.step()
-
-
-def test_several_steps_in_a_batch_sync_exactly_after_the_kth_and_each_optimizer_counts_for_itself():
-    callback, module = LookaheadCallback(k=5), Manual(first=3)
-    make_trainer(callback, max_epochs=1, limit_train_batches=4).fit(module)
-    first, second = callback.slow_weights
-    assert (first.steps, first.syncs, second.steps, second.syncs) == (12, 2, 4, 0)
-    theta, phi = reference(12, k=5)
-    assert equal(module.weights(), phi)
-    assert equal(both(callback, module)[0], theta)
-
-
-# -- logging
-
-
-def test_syncs_and_distance_are_logged_and_change_nothing():
-    callback, module = LookaheadCallback(k=3, log_syncs=True, log_distance=True), Regression(batches=10)
-    trainer = make_trainer(callback, max_epochs=1, logger=CSVLogger("logs"), log_every_n_steps=5)
-    trainer.fit(module)
-    rows = logged_by(trainer.logger)
-    assert [(row["step"], float(row["lookahead/syncs"])) for row in rows] == [("4", 1), ("9", 3)]  # steps count from 0
-    distance = callback.slow_weights[0].last_distance
-    assert distance > 0
-    assert float(rows[-1]["lookahead/distance"]) == distance.item()
-    assert trainer.callback_metrics == trainer.progress_bar_metrics == {}
-    quiet = Regression(batches=10)
-    make_trainer(LookaheadCallback(k=3), max_epochs=1).fit(quiet)
-    assert equal(quiet.weights(), module.weights())
-
-
-def test_the_metrics_of_a_run_are_what_they_are_without_us():
-    class Logs(Regression):
-        def training_step(self, batch, batch_idx):
-            loss = super().training_step(batch, batch_idx)
-            self.log("train_loss", loss, prog_bar=True)
-            return loss
-
-    seen = []
-    for own in ([], [LookaheadCallback(k=1, alpha=1.0)]):
-        trainer = make_trainer(*own, max_epochs=2, limit_val_batches=1, logger=CSVLogger("logs"), log_every_n_steps=2)
-        trainer.fit(Logs())
-        metrics = trainer.callback_metrics, trainer.logged_metrics, trainer.progress_bar_metrics
-        seen.append(([dict(part) for part in metrics], logged_by(trainer.logger)))
-    assert seen[0] == seen[1]
-
-
-def test_each_optimizer_has_its_own_key():
-    trainer = make_trainer(
-        LookaheadCallback(k=2, log_syncs=True), max_epochs=1, logger=CSVLogger("logs"), log_every_n_steps=1
-    )
-    trainer.fit(Manual(first=1))
-    assert float(logged_by(trainer.logger)[-1]["lookahead/syncs/0"]) == 2
-    assert float(logged_by(trainer.logger)[-1]["lookahead/syncs/1"]) == 2
 
 
 # -- fits, one after the other
@@ -386,14 +245,6 @@ def test_compiled_modules_see_every_swap(whole):
     for weights, values in zip(("fast", "slow"), both(callback, module), strict=True):
         plain.load_state_dict(load_weights("compiled.ckpt", weights))
         assert equal(plain.weights(), values)
-
-
-def test_a_barebones_trainer_is_not_warned_of_our_logging(recwarn):
-    callback = LookaheadCallback(k=2)
-    trainer = Trainer(barebones=True, accelerator="cpu", max_steps=6, limit_val_batches=0, callbacks=[callback])
-    trainer.fit(Regression())
-    assert callback.slow_weights[0].syncs == 3
-    assert not any("self.log" in str(warning.message) for warning in recwarn)
 
 
 def test_data_of_the_module_are_not_touched():

@@ -5,7 +5,6 @@ import inspect
 import io
 import json
 import os
-import subprocess
 import sys
 import traceback
 import warnings
@@ -24,11 +23,10 @@ from lightning_lookahead import InnerOuterMonitor, LookaheadCallback, LookaheadC
 from lightning_lookahead.__main__ import main
 from tests.helpers.classifier import Classifier
 from tests.helpers.cli_module import Data, Model
-from tests.helpers.places import environment
 from tests.helpers.runs import equal, make_trainer
 
-MODULE = [sys.executable, "-m", "lightning_lookahead"]
-SCRIPT = [str(Path(sys.executable).with_name("lightning-lookahead"))]
+MODULE = ["-m", "lightning_lookahead"]
+SCRIPT = [Path(sys.executable).with_name("lightning-lookahead")]
 OURS = ["--model=tests.helpers.cli_module.Model", "--data=tests.helpers.cli_module.Data"]
 QUIET = ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
 
@@ -61,12 +59,16 @@ def run(*arguments, expect=0):
     return Done(out.getvalue(), err.getvalue())
 
 
-def start(*arguments, command=MODULE, expect=0):
+@pytest.fixture
+def start(program):
     """The same of a process of its own."""
-    own = environment(PYTHONWARNINGS="ignore")
-    done = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False, env=own)
-    assert done.returncode == expect, done.stderr
-    return done
+
+    def command(*arguments, command=MODULE, expect=0):
+        done = program(*command, *arguments)
+        assert done.returncode == expect, done.stderr
+        return done
+
+    return command
 
 
 def fit(*arguments, name="run", command=run):
@@ -86,7 +88,7 @@ def state_of(path):
     return next((state for name, state in states.items() if name == "LookaheadCallback"), None)
 
 
-def test_a_run_of_the_command_is_that_of_a_trainer_and_can_be_looked_at_by_all_the_others():
+def test_a_run_of_the_command_is_that_of_a_trainer_and_can_be_looked_at_by_all_the_others(start):
     path = fit("--lookahead.k=3", "--lookahead.alpha=0.8", command=start)
     assert (state_of(path)["k"], state_of(path)["alpha"], state_of(path)["optimizers"][0]["syncs"]) == (3, 0.8, 2)
     seed_everything(1)
@@ -203,7 +205,7 @@ BAD = {
 }
 
 
-def test_a_bad_value_gives_one_line_and_exit_code_2():
+def test_a_bad_value_gives_one_line_and_exit_code_2(start):
     trainer = make_trainer(max_steps=2)
     trainer.fit(Model(), Data())
     trainer.save_checkpoint("plain.ckpt")
@@ -267,13 +269,13 @@ def test_every_argument_has_help():
         assert len(action.help) > 10, action.dest
 
 
-def test_a_program_of_ones_own_takes_it():
+def test_a_program_of_ones_own_takes_it(start):
     Path("train.py").write_text(
         "from lightning_lookahead import LookaheadCLI\nfrom tests.helpers.cli_module import Data, Model\n"
         "cli = LookaheadCLI(Model, Data, seed_everything_default=1)\nprint('trained', cli.trainer.callbacks[0].k)\n"
     )
-    program = [sys.executable, "train.py"]
-    assert "trained 3\n" in start("fit", *QUIET, "--trainer.max_steps=4", "--lookahead.k=3", command=program).stdout
+    options = ["--trainer.max_steps=4", "--lookahead.k=3"]
+    assert "trained 3\n" in start("fit", *QUIET, *options, command=["train.py"]).stdout
 
 
 def test_without_subcommands_it_makes_what_was_asked_for(monkeypatch):
@@ -311,9 +313,9 @@ def test_a_trainer_class_that_cannot_compare_is_refused():
         LookaheadCLI(Classifier, trainer_class=Trainer, args=["fit"])
 
 
-def test_without_jsonargparse_it_says_what_to_install():
+def test_without_jsonargparse_it_says_what_to_install(start):
     program = "import sys; sys.modules['jsonargparse'] = None\nfrom lightning_lookahead.__main__ import main; main()"
-    done = start(command=[sys.executable, "-c", program], expect=2)
+    done = start(command=["-c", program], expect=2)
     assert done.stderr == "error: the command line needs jsonargparse: pip install 'lightning-lookahead[cli]'\n"
 
 

@@ -1,7 +1,6 @@
 """Slow against fast weights on the same data, and nothing else changed."""
 
 import json
-import math
 import random
 import re
 import subprocess
@@ -14,26 +13,13 @@ import torch
 from lightning.pytorch import Callback, LightningDataModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
-from torch.optim.swa_utils import update_bn
 from torch.utils.data import DataLoader
 
 from lightning_lookahead import Comparison, LookaheadCallback, compare_weights
 from tests.helpers.classifier import Classifier, everything, images, same
-from tests.helpers.runs import Regression, both, equal, make_trainer, reference
-from tests.trainer.test_validation import last_loss
-
-
-def trained(steps=7, model=None, callback=None, **settings):
-    callback = callback or LookaheadCallback(k=3)
-    model = model or Regression()
-    trainer = make_trainer(callback, max_steps=steps, **{"limit_val_batches": 1.0, **settings})
-    trainer.fit(model)
-    return trainer, model, callback
-
-
-def expected(steps=7):
-    theta, phi = reference(steps)
-    return {"val_loss": last_loss(phi)}, {"val_loss": last_loss(theta)}
+from tests.helpers.comparing import expected, trained
+from tests.helpers.places import environment
+from tests.helpers.runs import Regression, both, equal, make_trainer
 
 
 @pytest.mark.parametrize("eval_weights", ["slow", "fast"])
@@ -238,165 +224,6 @@ def test_a_run_that_is_under_way_is_left_alone():
         make_trainer(LookaheadCallback(), Impatient(), max_steps=2).fit(Regression())
 
 
-# -- BatchNorm
-
-
-def recalibrated(model, weights, batches):
-    """Loss and accuracy of the classifier with these weights and the statistics that torch gathers for them."""
-    other = Classifier()
-    other.load_state_dict(model.state_dict())
-    with torch.no_grad():
-        for parameter, value in zip(other.parameters(), weights, strict=True):
-            parameter.copy_(value)
-    other.net[3].p = 0.0
-    update_bn(batches, other)
-    other.eval()
-    losses, hits = [], 0
-    for x, y in other.val_dataloader():
-        losses.append(torch.nn.functional.cross_entropy(other(x), y).item())
-        hits += (other(x).argmax(1) == y).sum().item()
-    return sum(losses) / 2, hits / 40
-
-
-@pytest.mark.parametrize("ckpt_path", [None, "run.ckpt"])
-@pytest.mark.parametrize("which", [True, 3, "given"])
-def test_statistics_gathered_anew_change_the_numbers_and_are_gone_after_it(which, ckpt_path):
-    class Straight(Classifier):
-        def __init__(self):
-            super().__init__()
-            self.net[3].p = 0.0  # so that the statistics do not depend on what dropout draws
-
-        def train_dataloader(self):
-            return DataLoader(images(64, 2), batch_size=8)
-
-    trainer, model, callback = trained(7, Straight())
-    trainer.save_checkpoint("run.ckpt")
-    batches = list(DataLoader(images(64, 7), batch_size=8)) if which == "given" else list(model.train_dataloader())
-    used = batches[:3] if which == 3 else batches
-    before = everything(model)
-    comparison = compare_weights(
-        trainer, model, ckpt_path=ckpt_path, recalibrate_batch_norm=batches if which == "given" else which
-    )
-    for now, then in zip(everything(model), before, strict=True):
-        assert same(now, then)
-    plain = compare_weights(trainer, model, ckpt_path=ckpt_path)
-    for weights in ("slow", "fast"):
-        with callback.use_weights(weights):
-            loss, accuracy = recalibrated(model, [p.detach().clone() for p in model.parameters()], used)
-        logged = getattr(comparison, weights)
-        assert math.isclose(logged["loss"], loss, rel_tol=1e-6)
-        assert math.isclose(logged["accuracy"], accuracy, rel_tol=1e-6)
-        assert logged["loss"] != getattr(plain, weights)["loss"]
-
-
-def test_a_fresh_trainer_takes_the_training_data_of_the_data_module():
-    class Data(LightningDataModule):
-        def setup(self, stage):
-            if stage == "fit":
-                self.train = images(64, 2)
-
-        def train_dataloader(self):
-            return DataLoader(self.train, batch_size=8)
-
-        def val_dataloader(self):
-            return DataLoader(images(40, 3), batch_size=20)
-
-    trained(7, Classifier())[0].save_checkpoint("run.ckpt")
-    arguments = {"datamodule": Data(), "ckpt_path": "run.ckpt"}
-    plain = compare_weights(make_trainer(limit_val_batches=1.0), Classifier(), **arguments)
-    anew = compare_weights(make_trainer(limit_val_batches=1.0), Classifier(), **arguments, recalibrate_batch_norm=True)
-    assert anew.slow["loss"] != plain.slow["loss"]
-
-
-def test_what_cannot_be_recalibrated_says_so():
-    trainer, model, _ = trained()
-    with pytest.raises(ValueError, match="Regression has no BatchNorm"):
-        compare_weights(trainer, model, recalibrate_batch_norm=True)
-    for wrong in (-1, "all", None, 0.5):
-        with pytest.raises(ValueError, match=f"recalibrate_batch_norm={wrong!r} is out of range"):
-            compare_weights(trainer, model, recalibrate_batch_norm=wrong)
-    trainer, model, _ = trained(model=Classifier())
-    with pytest.raises(ValueError, match="no training batch"):
-        compare_weights(trainer, model, recalibrate_batch_norm=[])
-    model = Classifier()
-    trainer = make_trainer(LookaheadCallback(k=3), max_steps=4, limit_val_batches=1.0)
-    trainer.fit(model)
-    trainer.save_checkpoint("run.ckpt")
-    model.train_dataloader = Regression.__base__.train_dataloader.__get__(model)
-    with pytest.raises(ValueError, match="gives no training data.*recalibrate_batch_norm=loader"):
-        compare_weights(make_trainer(limit_val_batches=1.0), model, ckpt_path="run.ckpt", recalibrate_batch_norm=True)
-
-
-class Frozen(Classifier):
-    """Its second BatchNorm is in evaluation mode in training, too: it has statistics of its own."""
-
-    def __init__(self):
-        super().__init__()
-        self.frozen = torch.nn.BatchNorm1d(4)
-        self.frozen.running_mean.fill_(5.0)
-        self.frozen.eval()
-
-    def train(self, mode=True):
-        super().train(mode)
-        self.frozen.eval()
-        return self
-
-    def forward(self, x):
-        return self.net(self.frozen(x + 5))
-
-
-@pytest.mark.parametrize("ckpt_path", [None, "run.ckpt"])
-def test_statistics_that_do_not_train_are_kept(ckpt_path):
-    trainer, model, _ = trained(7, Frozen(), LookaheadCallback(k=3, recalibrate_batch_norm=True))
-    trainer.save_checkpoint("run.ckpt")
-    seen = []
-    model.on_validation_epoch_end = lambda: seen.append(
-        (model.frozen.running_mean.clone(), model.net[1].running_mean.clone())
-    )
-    compare_weights(trainer, model, ckpt_path=ckpt_path, recalibrate_batch_norm=True)
-    assert all(torch.equal(frozen, torch.full((4,), 5.0)) for frozen, _ in seen)
-    assert not torch.equal(seen[0][1], seen[1][1])
-    assert not torch.equal(seen[0][1], model.net[1].running_mean)
-    seen.clear()
-    model = Frozen()
-    model.on_validation_epoch_end = lambda: seen.append(model.frozen.running_mean.clone())
-    trained(7, model, LookaheadCallback(k=3, recalibrate_batch_norm=True), val_check_interval=3)
-    assert seen
-    assert all(torch.equal(frozen, torch.full((4,), 5.0)) for frozen in seen)
-
-
-def test_a_recalibration_that_fails_leaves_the_layers_as_they_were():
-    trainer, model, _ = trained(7, Classifier())
-    before = everything(model)
-    with pytest.raises(RuntimeError, match="shape"):
-        compare_weights(trainer, model, recalibrate_batch_norm=[torch.ones(4, 4), torch.ones(4, 5)])
-    assert model.net[1].momentum == 0.1
-    for now, then in zip(everything(model), before, strict=True):
-        assert same(now, then)
-
-
-def test_no_more_training_data_are_used_than_in_training():
-    class Endless(torch.utils.data.IterableDataset):
-        def __iter__(self):
-            while True:
-                yield from images(8, 2)
-
-    class Streaming(Classifier):
-        calls = 0
-
-        def train_dataloader(self):
-            return DataLoader(Endless(), batch_size=8)
-
-        def forward(self, x):
-            self.calls += self.net.training
-            return self.net(x)
-
-    trainer, model, _ = trained(3, Streaming(), limit_train_batches=3)
-    model.calls = 0
-    compare_weights(trainer, model, recalibrate_batch_norm=True)
-    assert model.calls == 2 * 3
-
-
 def test_data_of_the_module_with_a_generator_of_their_own_are_the_same_for_both_and_left_as_they_were():
     class Shuffling(Classifier):
         def __init__(self):
@@ -500,8 +327,8 @@ def test_the_table_is_drawn_by_rich_and_plain_without_it(monkeypatch):
 
 def test_the_table_can_be_printed_where_there_are_no_box_drawing_characters():
     program = "from lightning_lookahead import Comparison; print(Comparison({'a': 1.0}, {'a': 2.0}))"
-    environment = {"PYTHONIOENCODING": "ascii", "PATH": ""}
-    shown = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env=environment)
+    ascii_only = environment(PYTHONIOENCODING="ascii")
+    shown = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env=ascii_only)
     assert "-1" in shown.stdout
 
 

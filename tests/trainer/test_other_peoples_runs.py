@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_lookahead import LookaheadCallback, SlowWeights, load_weights
 from tests.helpers.classifier import Classifier
-from tests.helpers.runs import Regression, both, equal, inputs, make_trainer, reference
+from tests.helpers.runs import Regression, both, equal, make_trainer, reference
 
 
 def trained(module, *callbacks, ckpt_path=None, **settings):
@@ -309,46 +309,6 @@ def test_players_that_are_toggled_are_pulled_back_together():
         syncs.append([slow.syncs for slow in callback.slow_weights])
     assert equal(*ends)
     assert syncs == [[2, 2], [2, 2]]
-
-
-# -- resuming
-
-
-@pytest.mark.parametrize("at", range(3, 8))
-def test_a_module_that_lightning_converts_after_loading_is_resumed_bit_for_bit(at):
-    class Single(Regression):
-        def __init__(self):
-            super().__init__()
-            self.net.to(torch.float32)
-
-        def loss(self, step):
-            return (self.net(inputs(step)) - 1).square().mean()
-
-    def run(ckpt_path=None):
-        callback, module = LookaheadCallback(k=3), Single()
-        every = ModelCheckpoint(".", "{step}", every_n_train_steps=1, save_top_k=-1)
-        trained(module, callback, every, precision="64-true", max_steps=9, ckpt_path=ckpt_path)
-        assert module.net[0].weight.dtype == torch.float64
-        return both(callback, module)
-
-    full = run()
-    resumed = run(f"step={at}.ckpt")
-    assert equal(resumed[0], full[0])
-    assert equal(resumed[1], full[1])
-
-
-@pytest.mark.parametrize("at", range(1, 8))
-def test_coarse_slow_weights_are_resumed_in_the_warm_up_and_after_it(at):
-    def run(ckpt_path=None):
-        callback, module = LookaheadCallback(k=3, start_step=3, slow_dtype="bfloat16"), Regression()
-        every = ModelCheckpoint(".", "{step}", every_n_train_steps=1, save_top_k=-1)
-        trained(module, callback, every, ckpt_path=ckpt_path)
-        return both(callback, module)
-
-    full = run()
-    resumed = run(f"step={at}.ckpt")
-    assert equal(resumed[0], full[0])
-    assert equal(resumed[1], full[1])
 
 
 def test_the_last_sync_is_done_although_nothing_is_left_to_train():
