@@ -4,9 +4,9 @@ import copy
 
 import torch
 from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from lightning_lookahead import SlowWeights
+from tests.helpers import strategies as some
 from tests.helpers.oracle import lookahead
 from tests.helpers.problem import Problem, slow_values
 from tests.helpers.runs import equal
@@ -14,11 +14,11 @@ from tests.helpers.runs import equal
 
 @settings(deadline=None, max_examples=60)
 @given(
-    st.lists(st.sampled_from(["step", "swap", "save", "copy"]), max_size=25),
-    st.integers(1, 6),
-    st.sampled_from([0.25, 0.5, 0.8, 1.0]),
-    st.sampled_from([torch.optim.SGD, torch.optim.Adam]),
-    st.sampled_from([None, "slow", "fast"]),
+    some.histories,
+    some.cycle_lengths,
+    some.either(0.25, 0.5, 0.8, 1.0),
+    some.either(torch.optim.SGD, torch.optim.Adam),
+    some.either(None, "slow", "fast"),
 )
 def test_swapping_saving_and_copying_never_change_the_run(history, k, alpha, optimizer_class, model_weights):
     problem, reference = Problem(optimizer_class), Problem(optimizer_class)

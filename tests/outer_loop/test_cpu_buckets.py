@@ -6,14 +6,13 @@ from itertools import pairwise
 import pytest
 import torch
 from hypothesis import given
-from hypothesis import strategies as st
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_lookahead import SlowWeights, _pairs
+from tests.helpers import strategies as some
 
-DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.complex64]
-shapes = st.lists(st.integers(0, 7), max_size=3).map(tuple)
+DTYPES = some.DTYPES
 
 
 class Ops(TorchDispatchMode):
@@ -44,16 +43,10 @@ def lines(tensors):
 
 
 @given(
-    st.lists(st.tuples(shapes, st.sampled_from(DTYPES), st.booleans()), max_size=12),
-    st.floats(0.01, 1.0),
-    st.fixed_dictionaries(
-        {
-            "SMALL": st.sampled_from([1, 10, _pairs.SMALL]),
-            "JOINED": st.sampled_from([20, _pairs.JOINED]),
-            "BLOCK": st.sampled_from([2, _pairs.BLOCK]),
-        }
-    ),
-    st.sampled_from([1, 2]),
+    some.kinds_of_tensors,
+    some.alphas,
+    some.settings(SMALL=[1, 10, _pairs.SMALL], JOINED=[20, _pairs.JOINED], BLOCK=[2, _pairs.BLOCK]),
+    some.threads,
 )
 def test_joined_or_cut_a_sync_gives_the_same_bits(kinds, alpha, sizes, threads):
     with pytest.MonkeyPatch.context() as patch, using(threads):

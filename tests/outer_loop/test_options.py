@@ -32,7 +32,7 @@ def end(*, group=None, dtype=torch.float64, **options):
         ({"dtype": torch.bfloat16, "alpha": 0.3}, 0.41441),
         ({"dtype": torch.bfloat16, "alpha": 0.3, "slow_dtype": "bfloat16"}, 0.41406),
     ],
-    ids=str,
+    ids=["as it is", "late", "reset", "pullback", "alpha", "k", "group", "bfloat16", "bfloat16 throughout"],
 )
 def test_phi_after_five_steps(options, phi):
     assert round(end(**options), 5) == phi

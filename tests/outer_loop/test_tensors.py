@@ -4,17 +4,14 @@ from fractions import Fraction
 import pytest
 import torch
 from hypothesis import example, given
-from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_lookahead import _tensors
-
-floats = st.floats(-1e6, 1e6, allow_nan=False)
-alphas = st.floats(1e-3, 1.0)
+from tests.helpers import strategies as some
 
 
 @example(0.0, 2.2e-311, 0.25)  # subnormal: of those, neighbours are as far apart as the smallest is from zero
-@given(floats, floats, alphas)
+@given(some.weights, some.weights, some.small_alphas)
 def test_interpolation_is_the_formula_of_the_paper_to_rounding(slow, fast, alpha):
     result = torch.tensor([slow], dtype=torch.float64)
     _tensors.interpolate_([result], [torch.tensor([fast], dtype=torch.float64)], alpha)
@@ -23,7 +20,7 @@ def test_interpolation_is_the_formula_of_the_paper_to_rounding(slow, fast, alpha
     assert abs(Fraction(result.item()) - exact) <= 4 * max(Fraction(2) ** -53 * scale, Fraction(2) ** -1074)
 
 
-@given(st.lists(floats, min_size=1), st.lists(floats, min_size=1))
+@given(some.lists_of_weights, some.lists_of_weights)
 def test_alpha_one_gives_the_fast_weights_exactly(slow, fast):
     size = min(len(slow), len(fast))
     slow, fast = torch.tensor(slow[:size]), torch.tensor(fast[:size])

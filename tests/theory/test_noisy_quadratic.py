@@ -9,7 +9,6 @@ import pytest
 import sympy
 import torch
 from hypothesis import given, settings
-from hypothesis import strategies as st
 from lightning.pytorch import LightningModule
 from torch import nn
 from torch.utils.data import DataLoader
@@ -25,14 +24,11 @@ from lightning_lookahead.theory.noisy_quadratic import (
 )
 from lightning_lookahead.theory.simulation import simulate
 from lightning_lookahead.theory.step_size import optimal_alpha
+from tests.helpers import strategies as some
 from tests.helpers.runs import make_trainer
 
 MODEL = {"learning_rate": 0.8, "curvature": [1.0, 0.5, 0.25], "noise_variance": [2.0, 0.5, 1.0]}
 PARTICLES = 200_000  # a variance has a standard error of 0.32%, a mean of 0.22% of the standard deviation
-
-ks = st.integers(1, 12)
-alphas = st.floats(0.01, 1.0)
-steps_of_sgd = st.floats(0.01, 1.99)  # learning rate times curvature
 
 
 def moments_by_steps(*, learning_rate, curvature, noise_variance, k, alpha, syncs, mean, variance):
@@ -159,9 +155,9 @@ def test_the_callback_in_a_trainer_settles_at_the_predicted_variance_and_sgd_at_
 
 
 @given(
-    st.fractions(Fraction(1, 50), Fraction(19, 10), max_denominator=50),
-    st.fractions(Fraction(1, 20), 1, max_denominator=20),
-    st.integers(1, 6),
+    some.exact_xs,
+    some.exact_alphas,
+    some.cycle_lengths,
 )
 @settings(deadline=None, max_examples=50)
 def test_the_fixed_points_are_those_of_the_recursions_in_rational_numbers(x, alpha, k):
@@ -224,7 +220,7 @@ def test_a_mode_without_curvature_or_without_noise_has_no_variance():
 # -- laws
 
 
-@given(steps_of_sgd, alphas, ks)
+@given(some.xs_of_sgd, some.alphas, some.ks)
 @settings(deadline=None)
 def test_lookahead_has_less_variance_than_sgd_unless_alpha_is_one(x, alpha, k):
     model = {"learning_rate": x, "curvature": 1.0, "noise_variance": 2.0}
@@ -235,7 +231,7 @@ def test_lookahead_has_less_variance_than_sgd_unless_alpha_is_one(x, alpha, k):
     assert lookahead_variance(**model, k=k, alpha=1.0) == plain
 
 
-@given(steps_of_sgd, st.floats(1.001, 1.5), alphas, ks)
+@given(some.xs_of_sgd, some.factors, some.alphas, some.ks)
 @settings(deadline=None)
 def test_the_variance_grows_with_the_learning_rate_and_with_alpha(x, factor, alpha, k):
     def variance(x, alpha):
@@ -246,7 +242,7 @@ def test_the_variance_grows_with_the_learning_rate_and_with_alpha(x, factor, alp
         assert variance(x, alpha * factor) > variance(x, alpha)
 
 
-@given(steps_of_sgd, alphas, st.integers(0, 5))
+@given(some.xs_of_sgd, some.alphas, some.steps)
 @settings(deadline=None)
 def test_with_one_inner_step_lookahead_is_sgd_with_a_learning_rate_of_alpha_times_its_own(x, alpha, steps):
     model = {"curvature": 1.0, "noise_variance": 2.0, "initial_mean": 3.0, "initial_variance": 0.5}
@@ -256,7 +252,7 @@ def test_with_one_inner_step_lookahead_is_sgd_with_a_learning_rate_of_alpha_time
     np.testing.assert_allclose(slow.variance, plain.variance, rtol=1e-10, atol=1e-12)
 
 
-@given(steps_of_sgd, alphas, ks, st.integers(0, 4), st.integers(0, 4))
+@given(some.xs_of_sgd, some.alphas, some.ks, some.syncs, some.syncs)
 @settings(deadline=None)
 def test_a_trajectory_goes_on_from_its_own_end(x, alpha, k, first, then):
     model = {"learning_rate": x, "curvature": 1.0, "noise_variance": 2.0, "k": k, "alpha": alpha}
@@ -327,7 +323,7 @@ def test_the_settings_that_are_found_have_the_loss_and_the_risk_by_recursion():
         assert risk == pytest.approx(0.03, rel=1e-6)
 
 
-@given(st.floats(1e-4, 2.0), alphas, ks)
+@given(some.risks, some.alphas, some.ks)
 @settings(deadline=None, max_examples=50)
 def test_the_matched_learning_rate_gives_the_risk_or_there_is_none(risk, alpha, k):
     model = {"curvature": [1.0, 0.1], "noise_variance": 1.0}
@@ -380,7 +376,7 @@ def test_the_optimal_alpha_is_not_clipped(theta_k, expected):
     assert found == pytest.approx(expected, rel=1e-14)
 
 
-@given(st.integers(0, 10_000), st.integers(1, 5), st.integers(1, 5))
+@given(some.seeds, some.sizes, some.sizes)
 @settings(deadline=None)
 def test_no_alpha_is_better_than_the_optimal_one_whatever_the_rank(seed, size, rank):
     random = np.random.default_rng(seed)

@@ -4,20 +4,17 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import nn
 
 from lightning_lookahead import SlowWeights
 from lightning_lookahead.theory._search import lowest
 from lightning_lookahead.theory.quadratic import MODES, heavy_ball_matrix, lookahead_matrix, rate, spectrum_rate
 from lightning_lookahead.theory.tuning import best_parameters
+from tests.helpers import strategies as some
 
 CALLBACK = {"maintain": "none", "interpolate": "pullback", "reset": "reset"}
 LEARNING_RATE = 0.25
 XS = np.array([0.0, 0.003, 0.1, 0.5, 1.0, 1.9, 2.8])
-
-momenta = st.floats(0.0, 0.99)
-xs = st.floats(0.0, 2.0)
 
 
 def run(momentum, steps, *, k=None, alpha=None, mode="maintain", xs=XS, start=1.0):
@@ -68,7 +65,7 @@ def test_the_matrix_of_a_cycle_does_what_slow_weights_do(mode, k, alpha):
         assert differs == (other != mode and not (alpha == 1 and "reset" not in {mode, other}))
 
 
-@given(momenta, st.lists(xs, min_size=1, max_size=4), st.integers(1, 8))
+@given(some.momenta, some.few_xs, some.small_ks)
 @settings(deadline=None)
 def test_with_alpha_one_a_cycle_is_k_steps_of_heavy_ball_unless_it_resets(momentum, xs, k):
     steps = np.linalg.matrix_power(heavy_ball_matrix(xs, momentum), k)
@@ -79,7 +76,7 @@ def test_with_alpha_one_a_cycle_is_k_steps_of_heavy_ball_unless_it_resets(moment
     np.testing.assert_array_equal(reset[:, 1], 0.0)
 
 
-@given(xs, st.floats(0.05, 1.0), st.integers(1, 8), st.sampled_from(MODES))
+@given(some.xs, some.large_alphas, some.small_ks, some.either(*MODES))
 @settings(deadline=None)
 def test_without_momentum_every_mode_is_gradient_descent_with_slow_weights(x, alpha, k, mode):
     contraction = 1 - alpha + alpha * (1 - x) ** k
@@ -134,7 +131,7 @@ def test_reset_diverges_where_the_other_modes_converge():
         assert float(rate(lookahead_matrix(0.785, 0.99, **setting, mode=mode), 20)) > 1e-3
 
 
-@given(momenta, st.floats(0.05, 1.0), st.integers(1, 8), st.sampled_from(MODES))
+@given(some.momenta, some.large_alphas, some.small_ks, some.either(*MODES))
 @settings(deadline=None)
 def test_the_rate_over_a_spectrum_is_that_of_the_slowest_mode(momentum, alpha, k, mode):
     curvature = [1.0, 0.3, 0.05]
