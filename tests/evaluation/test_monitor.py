@@ -1,4 +1,4 @@
-"""What the monitor records and shows, and that the run does not notice it."""
+"""What the monitor records, in which windows, and that it goes on after a stop."""
 
 import copy
 import os
@@ -107,6 +107,66 @@ def test_a_checkpoint_of_a_run_without_a_monitor_can_be_gone_on_from_with_one():
     assert [record.step for record in monitor.history] == [5, 6, 6, 7]
 
 
+def test_a_step_whose_evaluation_was_interrupted_is_evaluated_after_a_resume():
+    def monitor(fails):
+        def step(module, batch):
+            if fails and module.trainer.global_step == 5 and not module.training:
+                raise KeyboardInterrupt
+            return regress(module, batch)
+
+        return InnerOuterMonitor(updates=9, metric=MeanSquaredError(), step=step)
+
+    whole = monitor(fails=False)
+    fit(Held(batches=20), whole)
+    with pytest.raises(SystemExit):
+        fit(Held(batches=20), monitor(fails=True), OnExceptionCheckpoint(".", "stop"))
+    resumed = monitor(fails=False)
+    fit(Held(batches=20), resumed, ckpt_path="stop.ckpt")
+    assert resumed.history == whole.history
+
+
+@pytest.mark.parametrize("options", [{"start_step": 4}, {"group": True}, {}])
+@pytest.mark.parametrize("at", range(2, 9))
+def test_a_resumed_run_has_no_record_too_many(options, at):
+    class Grouped(Classifier):
+        def configure_optimizers(self):
+            if "group" not in options:
+                return super().configure_optimizers()
+            first, *rest = self.parameters()
+            return torch.optim.SGD([{"params": [first], "lookahead_k": 2}, {"params": rest}], lr=0.2)
+
+        def train_dataloader(self):
+            return DataLoader(images(64, 2), batch_size=8)
+
+    def run(ckpt_path=None):
+        monitor = InnerOuterMonitor(updates=9)
+        own = {name: value for name, value in options.items() if name != "group"}
+        callback = LookaheadCallback(k=3, monitor=monitor, **own)
+        every = ModelCheckpoint(".", "{step}", every_n_train_steps=1, save_top_k=-1)
+        make_trainer(callback, every, max_steps=9, max_epochs=9, limit_val_batches=1.0).fit(
+            Grouped(), ckpt_path=ckpt_path
+        )
+        return [(record.step, record.weights) for record in monitor.history]
+
+    full = run()
+    assert run(f"step={at}.ckpt") == full
+
+
+def test_the_last_sync_and_one_by_hand_are_recorded():
+    class Syncs(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if trainer.global_step == 2:
+                trainer.callbacks[0].sync_now()
+
+    monitor, logger = InnerOuterMonitor(updates=20), CSVLogger(".", name="table")
+    callback = LookaheadCallback(k=4, monitor=monitor, unfinished_cycle="sync")
+    make_trainer(callback, Syncs(), max_steps=8, max_epochs=9, limit_val_batches=1.0, logger=logger).fit(Classifier())
+    outer = [record.step for record in monitor.history if record.weights == "outer"]
+    assert outer == [0, 2, 6, 8]
+    logged = [row for row in logged_by(logger) if row["lookahead/outer_acc"]]
+    assert float(logged[-1]["lookahead/outer_acc"]) == pytest.approx(monitor.history[-1].value)
+
+
 def test_a_second_fit_begins_a_new_history():
     monitor = InnerOuterMonitor(updates=2)
     fit(Classifier(), monitor)
@@ -169,63 +229,3 @@ def test_numbers_out_of_range_are_refused(wrong):
     ((name, value),) = wrong.items()
     with pytest.raises(ValueError, match=f"{name}={value} is out of range: it must be an integer of at least"):
         InnerOuterMonitor(**wrong)
-
-
-def test_a_step_whose_evaluation_was_interrupted_is_evaluated_after_a_resume():
-    def monitor(fails):
-        def step(module, batch):
-            if fails and module.trainer.global_step == 5 and not module.training:
-                raise KeyboardInterrupt
-            return regress(module, batch)
-
-        return InnerOuterMonitor(updates=9, metric=MeanSquaredError(), step=step)
-
-    whole = monitor(fails=False)
-    fit(Held(batches=20), whole)
-    with pytest.raises(SystemExit):
-        fit(Held(batches=20), monitor(fails=True), OnExceptionCheckpoint(".", "stop"))
-    resumed = monitor(fails=False)
-    fit(Held(batches=20), resumed, ckpt_path="stop.ckpt")
-    assert resumed.history == whole.history
-
-
-@pytest.mark.parametrize("options", [{"start_step": 4}, {"group": True}, {}])
-@pytest.mark.parametrize("at", range(2, 9))
-def test_a_resumed_run_has_no_record_too_many(options, at):
-    class Grouped(Classifier):
-        def configure_optimizers(self):
-            if "group" not in options:
-                return super().configure_optimizers()
-            first, *rest = self.parameters()
-            return torch.optim.SGD([{"params": [first], "lookahead_k": 2}, {"params": rest}], lr=0.2)
-
-        def train_dataloader(self):
-            return DataLoader(images(64, 2), batch_size=8)
-
-    def run(ckpt_path=None):
-        monitor = InnerOuterMonitor(updates=9)
-        own = {name: value for name, value in options.items() if name != "group"}
-        callback = LookaheadCallback(k=3, monitor=monitor, **own)
-        every = ModelCheckpoint(".", "{step}", every_n_train_steps=1, save_top_k=-1)
-        make_trainer(callback, every, max_steps=9, max_epochs=9, limit_val_batches=1.0).fit(
-            Grouped(), ckpt_path=ckpt_path
-        )
-        return [(record.step, record.weights) for record in monitor.history]
-
-    full = run()
-    assert run(f"step={at}.ckpt") == full
-
-
-def test_the_last_sync_and_one_by_hand_are_recorded():
-    class Syncs(Callback):
-        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-            if trainer.global_step == 2:
-                trainer.callbacks[0].sync_now()
-
-    monitor, logger = InnerOuterMonitor(updates=20), CSVLogger(".", name="table")
-    callback = LookaheadCallback(k=4, monitor=monitor, unfinished_cycle="sync")
-    make_trainer(callback, Syncs(), max_steps=8, max_epochs=9, limit_val_batches=1.0, logger=logger).fit(Classifier())
-    outer = [record.step for record in monitor.history if record.weights == "outer"]
-    assert outer == [0, 2, 6, 8]
-    logged = [row for row in logged_by(logger) if row["lookahead/outer_acc"]]
-    assert float(logged[-1]["lookahead/outer_acc"]) == pytest.approx(monitor.history[-1].value)

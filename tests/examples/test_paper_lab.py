@@ -1,4 +1,4 @@
-"""What the paper's programs share: data that is read or refused, the paper's networks, runs that are done once."""
+"""What the paper's programs share: data that is read or refused, the paper's networks, and their runs."""
 
 import gzip
 import os

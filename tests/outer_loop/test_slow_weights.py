@@ -1,3 +1,5 @@
+"""`SlowWeights` itself: copies of it, the hooks that it leaves on an optimizer, and what it takes."""
+
 import ast
 import copy
 import inspect
@@ -11,6 +13,7 @@ from torch import nn
 
 from lightning_lookahead import SlowWeights, slow_weights
 from tests.helpers.problem import Problem, slow_values
+from tests.helpers.runs import hooks
 
 
 def equal(left, right):
@@ -36,10 +39,6 @@ def test_a_copy_trains_on_by_itself(duplicate):
         problem.step(index)
     assert equal(problem.parameters, twin.parameters)
     assert equal(slow_values(slow), slow_values(twin_slow))
-
-
-def hooks(optimizer):
-    return sum(len(entry) for name, entry in vars(optimizer).items() if name.startswith("_optimizer_"))
 
 
 def test_close_ends_counting_leaves_no_hook_and_keeps_both_sets():

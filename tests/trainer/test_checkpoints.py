@@ -1,4 +1,4 @@
-"""What a checkpoint holds, whoever saves it and whenever, and what becomes of it when it is loaded."""
+"""What a checkpoint holds, whoever saves it and whenever."""
 
 import os
 import signal

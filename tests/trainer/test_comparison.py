@@ -224,6 +224,9 @@ def test_a_run_that_is_under_way_is_left_alone():
         make_trainer(LookaheadCallback(), Impatient(), max_steps=2).fit(Regression())
 
 
+# -- data, other callbacks, files, compiled modules
+
+
 def test_data_of_the_module_with_a_generator_of_their_own_are_the_same_for_both_and_left_as_they_were():
     class Shuffling(Classifier):
         def __init__(self):

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_lookahead import LookaheadCallback, SlowWeights, load_weights
 from tests.helpers.classifier import Classifier
-from tests.helpers.runs import Regression, both, equal, make_trainer, reference
+from tests.helpers.runs import Regression, both, equal, hooks, make_trainer, reference
 
 
 def trained(module, *callbacks, ckpt_path=None, **settings):
@@ -172,13 +172,6 @@ def test_a_module_without_any_trained_parameter_runs_as_without_us():
     trainer.save_checkpoint("nothing.ckpt")
     assert equal(module.weights(), start)
     assert callback.slow_weights[0].steps == 0
-
-
-# -- optimizers that live longer, and that share parameters
-
-
-def hooks(optimizer):
-    return sum(len(entry) for name, entry in vars(optimizer).items() if name.startswith("_optimizer_"))
 
 
 class OneOptimizer(Regression):

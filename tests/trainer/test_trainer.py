@@ -1,4 +1,4 @@
-"""The callback beside everything else that a Trainer may do, and what it refuses."""
+"""Fits that are not quite fits: tuners, a few steps or none, sanity checks, a command line."""
 
 import pytest
 import torch
@@ -14,8 +14,6 @@ from torch.utils.data import DataLoader
 
 from lightning_lookahead import LookaheadCallback
 from tests.helpers.runs import Regression, both, equal, make_trainer, reference
-
-# -- fits that are not quite fits
 
 
 class Tunable(Regression):
