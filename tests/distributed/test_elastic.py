@@ -1,10 +1,10 @@
 """Killed ranks and several nodes: what torchrun makes of them."""
 
-import socket
 import subprocess
 import sys
 
 import pytest
+from torch.distributed import TCPStore
 
 from tests.helpers.places import environment
 from tests.helpers.sharded import close, loaded, reference, same, train
@@ -35,14 +35,10 @@ def test_a_killed_rank_is_started_again_from_the_last_whole_checkpoint(kind, whe
     assert same(loaded(tmp_path / "end.ckpt"), loaded(tmp_path / "whole" / "end.ckpt"))
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def on_two_nodes(*arguments):
-    rendezvous = ("--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{free_port()}", "--rdzv-id=two")
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # at a port that is free, held open here
+    where = f"--rdzv-endpoint=127.0.0.1:{store.port}"
+    rendezvous = ("--rdzv-backend=c10d", where, "--rdzv-conf=is_host=false", "--rdzv-id=two")
     nodes = [torchrun("--nnodes=2", "--nproc-per-node=1", *rendezvous, *arguments) for _ in range(2)]
     for node in nodes:
         output = node.communicate(timeout=200)[0]

@@ -1,10 +1,7 @@
 """What the monitor records, in which windows, and that it goes on after a stop."""
 
 import copy
-import os
 import pickle
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -185,7 +182,7 @@ def test_the_callback_can_be_copied_and_pickled_with_it():
     assert pickle.loads(pickle.dumps(monitor)).history == monitor.history
 
 
-def test_the_other_package_of_lightning_takes_it_too(tmp_path):
+def test_the_other_package_of_lightning_takes_it_too(bare_program):
     program = """
 import torch, pytorch_lightning as pl
 from torch.utils.data import DataLoader, TensorDataset
@@ -212,11 +209,8 @@ model = Model()
 trainer.fit(model, loader, loader)
 print(len(monitor.history), set(compare_weights(trainer, model, loader).slow))
 """
-    environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
-    shown = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=tmp_path, env=environment
-    )
-    assert shown.stdout.endswith("7 {'loss'}\n")
+    shown = bare_program("-c", program)
+    assert shown.stdout.endswith("7 {'loss'}\n"), shown.stderr
 
 
 # -- what it refuses, and when

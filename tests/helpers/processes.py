@@ -26,13 +26,13 @@ IMPORTS = ("tests.helpers.sharded", "tests.helpers.modes", "torch.profiler", "ma
 class Forks:
     """The process that forks; it ends with this one."""
 
-    def __init__(self, folder):
+    def __init__(self, folder, imports):
         self.folder, self.requests = folder, 0
         self.log = (folder / "log").open("wb")
         # Where a GPU may be seen nothing is imported before the fork: CUDA does not outlive one.
         hidden = os.environ.get("CUDA_VISIBLE_DEVICES") == ""
         self.process = subprocess.Popen(
-            [sys.executable, "-m", __spec__.name, *(IMPORTS if hidden else ())],
+            [sys.executable, "-m", __spec__.name, *(imports if hidden else ())],
             env=environment(PYTHONWARNINGS="ignore"),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -143,17 +143,16 @@ class Groups:
         """Call a function on so many ranks; other groups are other processes."""
         ranks = self.started.get((number, group))
         if ranks is None or not ranks.alive:
-            ranks = Ranks(number, self.folders.mktemp(f"ranks-{number}-{group}"), self.forks)
+            ranks = Ranks(number, self.folders.mktemp(f"ranks-{number}-{group}"), self.forks())
             self.started[number, group] = ranks
         return ranks.call(function, *arguments, **named)
 
-    @property
-    def forks(self):
-        """What forks processes that see the GPUs which this one sees now."""
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        if visible not in self.forking:
-            self.forking[visible] = Forks(self.folders.mktemp("forks"))
-        return self.forking[visible]
+    def forks(self, *imports):
+        """What forks processes that see the GPUs which this one sees now, and have imported these modules, or all."""
+        kind = os.environ.get("CUDA_VISIBLE_DEVICES"), imports or IMPORTS
+        if kind not in self.forking:
+            self.forking[kind] = Forks(self.folders.mktemp("forks"), kind[1])
+        return self.forking[kind]
 
     def close(self):
         for ranks in self.started.values():
@@ -227,8 +226,9 @@ def _run(folder, arguments, variables, said):
     _print_to(*said[:2])
     os.chdir(folder)
     os.environ.update(variables)
-    sys.argv[:] = arguments[arguments[0] == "-m" :]
-    sys.path.insert(0, "" if arguments[0] in {"-c", "-m"} else str(Path(arguments[0]).parent))
+    option = arguments[0] in {"-c", "-m"}
+    sys.argv[:] = [arguments[0], *arguments[1 + option :]]
+    sys.path.insert(0, "" if option else str(Path(arguments[0]).parent))
     code = 1
     try:
         if arguments[0] == "-c":

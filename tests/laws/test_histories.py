@@ -12,7 +12,7 @@ from tests.helpers.problem import Problem, slow_values
 from tests.helpers.runs import equal
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     some.histories,
     some.cycle_lengths,

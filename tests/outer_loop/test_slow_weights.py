@@ -4,8 +4,6 @@ import ast
 import copy
 import inspect
 import pickle
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -102,7 +100,7 @@ def test_a_second_one_on_the_same_optimizer_is_refused_until_the_first_is_closed
     SlowWeights(problem.optimizer)
 
 
-def test_the_module_imports_torch_and_nothing_of_lightning():
+def test_the_module_imports_torch_and_nothing_of_lightning(bare_program):
     tree = ast.parse(inspect.getsource(slow_weights))
     imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     assert not any(name.split(".")[0] in {"lightning", "pytorch_lightning"} for name in imported)
@@ -110,7 +108,7 @@ def test_the_module_imports_torch_and_nothing_of_lightning():
         "import sys; from lightning_lookahead import SlowWeights;"
         "sys.exit(any(n.startswith(('lightning.', 'pytorch_lightning')) for n in sys.modules))"
     )
-    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+    assert bare_program("-c", program).returncode == 0
 
 
 def test_an_optimizer_goes_from_one_to_the_next_and_each_starts_its_own_phi():

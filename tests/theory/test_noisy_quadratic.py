@@ -159,7 +159,7 @@ def test_the_callback_in_a_trainer_settles_at_the_predicted_variance_and_sgd_at_
     some.exact_alphas,
     some.cycle_lengths,
 )
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 def test_the_fixed_points_are_those_of_the_recursions_in_rational_numbers(x, alpha, k):
     model = {"learning_rate": x / 2, "curvature": Fraction(2), "noise_variance": Fraction(3)}
     cycle = {**model, "k": k, "alpha": alpha, "syncs": 1, "mean": Fraction(0)}
@@ -221,7 +221,6 @@ def test_a_mode_without_curvature_or_without_noise_has_no_variance():
 
 
 @given(some.xs_of_sgd, some.alphas, some.ks)
-@settings(deadline=None)
 def test_lookahead_has_less_variance_than_sgd_unless_alpha_is_one(x, alpha, k):
     model = {"learning_rate": x, "curvature": 1.0, "noise_variance": 2.0}
     (slow,), (plain,) = lookahead_variance(**model, k=k, alpha=alpha), sgd_variance(**model)
@@ -232,7 +231,6 @@ def test_lookahead_has_less_variance_than_sgd_unless_alpha_is_one(x, alpha, k):
 
 
 @given(some.xs_of_sgd, some.factors, some.alphas, some.ks)
-@settings(deadline=None)
 def test_the_variance_grows_with_the_learning_rate_and_with_alpha(x, factor, alpha, k):
     def variance(x, alpha):
         return lookahead_variance(learning_rate=x, curvature=1.0, noise_variance=2.0, k=k, alpha=alpha)[0]
@@ -243,7 +241,6 @@ def test_the_variance_grows_with_the_learning_rate_and_with_alpha(x, factor, alp
 
 
 @given(some.xs_of_sgd, some.alphas, some.steps)
-@settings(deadline=None)
 def test_with_one_inner_step_lookahead_is_sgd_with_a_learning_rate_of_alpha_times_its_own(x, alpha, steps):
     model = {"curvature": 1.0, "noise_variance": 2.0, "initial_mean": 3.0, "initial_variance": 0.5}
     slow = lookahead_trajectory(learning_rate=x, **model, k=1, alpha=alpha, syncs=steps)
@@ -253,7 +250,6 @@ def test_with_one_inner_step_lookahead_is_sgd_with_a_learning_rate_of_alpha_time
 
 
 @given(some.xs_of_sgd, some.alphas, some.ks, some.syncs, some.syncs)
-@settings(deadline=None)
 def test_a_trajectory_goes_on_from_its_own_end(x, alpha, k, first, then):
     model = {"learning_rate": x, "curvature": 1.0, "noise_variance": 2.0, "k": k, "alpha": alpha}
     whole = lookahead_trajectory(**model, syncs=first + then, initial_mean=3.0, initial_variance=0.5)
@@ -324,7 +320,7 @@ def test_the_settings_that_are_found_have_the_loss_and_the_risk_by_recursion():
 
 
 @given(some.risks, some.alphas, some.ks)
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 def test_the_matched_learning_rate_gives_the_risk_or_there_is_none(risk, alpha, k):
     model = {"curvature": [1.0, 0.1], "noise_variance": 1.0}
 
@@ -377,7 +373,6 @@ def test_the_optimal_alpha_is_not_clipped(theta_k, expected):
 
 
 @given(some.seeds, some.sizes, some.sizes)
-@settings(deadline=None)
 def test_no_alpha_is_better_than_the_optimal_one_whatever_the_rank(seed, size, rank):
     random = np.random.default_rng(seed)
     root = random.standard_normal((size, min(rank, size)))

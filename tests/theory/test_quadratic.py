@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from torch import nn
 
 from lightning_lookahead import SlowWeights
@@ -66,7 +66,6 @@ def test_the_matrix_of_a_cycle_does_what_slow_weights_do(mode, k, alpha):
 
 
 @given(some.momenta, some.few_xs, some.small_ks)
-@settings(deadline=None)
 def test_with_alpha_one_a_cycle_is_k_steps_of_heavy_ball_unless_it_resets(momentum, xs, k):
     steps = np.linalg.matrix_power(heavy_ball_matrix(xs, momentum), k)
     for mode in ("maintain", "interpolate"):
@@ -77,7 +76,6 @@ def test_with_alpha_one_a_cycle_is_k_steps_of_heavy_ball_unless_it_resets(moment
 
 
 @given(some.xs, some.large_alphas, some.small_ks, some.either(*MODES))
-@settings(deadline=None)
 def test_without_momentum_every_mode_is_gradient_descent_with_slow_weights(x, alpha, k, mode):
     contraction = 1 - alpha + alpha * (1 - x) ** k
     found = powers(lookahead_matrix([x], 0.0, k=k, alpha=alpha, mode=mode), 3)[:, 0, 0]
@@ -132,7 +130,6 @@ def test_reset_diverges_where_the_other_modes_converge():
 
 
 @given(some.momenta, some.large_alphas, some.small_ks, some.either(*MODES))
-@settings(deadline=None)
 def test_the_rate_over_a_spectrum_is_that_of_the_slowest_mode(momentum, alpha, k, mode):
     curvature = [1.0, 0.3, 0.05]
     setting = {"momentum": momentum, "k": k, "alpha": alpha, "mode": mode, "learning_rate": 0.8}

@@ -2,8 +2,6 @@
 
 import copy
 import pickle
-import subprocess
-import sys
 
 import pytest
 import pytorch_lightning
@@ -85,7 +83,7 @@ def test_it_runs_unchanged_in_a_pytorch_lightning_trainer():
     ],
 )
 @pytest.mark.parametrize("package", ["lightning.pytorch", "pytorch_lightning"])
-def test_either_package_keeps_its_messages_and_is_not_joined_by_the_other(package, imports):
+def test_either_package_keeps_its_messages_and_is_not_joined_by_the_other(package, imports, bare_program):
     program = f"""
 {imports.format(package=package)}
 import sys
@@ -94,7 +92,8 @@ package.Trainer(callbacks=[LookaheadCallback()], logger=False, accelerator="cpu"
 assert rank_zero.log.name.startswith({package!r}), rank_zero.log.name
 assert {package!r} == "pytorch_lightning" or "pytorch_lightning" not in sys.modules
 """
-    subprocess.run([sys.executable, "-c", program], check=True)
+    done = bare_program("-c", program)
+    assert done.returncode == 0, done.stderr
 
 
 # -- fits, one after the other
