@@ -239,7 +239,7 @@ def _run(folder, arguments, variables, said):
             runpy.run_path(arguments[0], run_name="__main__")
         code = 0
     except SystemExit as end:
-        code = end.code if isinstance(end.code, int) else 0 if end.code is None else 1
+        code = int(end.code) if isinstance(end.code, int) else int(end.code is not None)
         if code == 1 and not isinstance(end.code, int):
             print(end.code, file=sys.stderr)  # noqa: T201
     except BaseException:  # noqa: BLE001 (whatever it is)
