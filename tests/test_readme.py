@@ -2,7 +2,6 @@
 
 import inspect
 import json
-import os
 import re
 import subprocess
 import sys
@@ -10,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import yaml
-from classifier import Classifier
 
 import lightning_lookahead
 from lightning_lookahead import InnerOuterMonitor, LookaheadCallback
+from tests.helpers.classifier import Classifier
+from tests.helpers.places import EXAMPLES, ROOT
 
-ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
 
@@ -84,22 +83,18 @@ def test_the_commands_print_what_is_shown(tmp_path):
     assert numbers["slow"].keys() == numbers["fast"].keys() == {"accuracy", "loss"}
 
 
-def test_the_windows_of_the_digits_are_drawn_and_counted(tmp_path):
-    program = ROOT / "examples" / "figure10.py"
-    done = subprocess.run(
-        [sys.executable, program, "--seeds", "1"], capture_output=True, text=True, check=True, cwd=tmp_path
-    )
+def test_the_windows_of_the_digits_are_drawn_and_counted(tmp_path, program):
+    done = program(EXAMPLES / "figure10.py", "--seeds", "1")
+    assert done.returncode == 0, done.stderr
     (heading,) = (line.strip() for line in done.stdout.splitlines() if "Digits, lr" in line)
     assert heading in README
     assert re.search(r"│ all +│ +36 │", done.stdout)
     assert (tmp_path / "outputs" / "figure10.png").stat().st_size > 10_000
 
 
-def test_the_gan_trains_in_three_ways(tmp_path):
-    program = ROOT / "examples" / "gan.py"
-    command = [sys.executable, program, "--seeds", "1", "--steps", "12"]
-    wide = {**os.environ, "COLUMNS": "160"}
-    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path, env=wide)
+def test_the_gan_trains_in_three_ways(program):
+    done = program(EXAMPLES / "gan.py", "--seeds", "1", "--steps", "12", COLUMNS="160")
+    assert done.returncode == 0, done.stderr
     rows = re.findall(r"│ ([A-Z].*?) +│", done.stdout)
     assert rows == ["Adam", "Lookahead, each by itself", "Lookahead, together"]
 
@@ -112,11 +107,6 @@ def test_the_tables_of_options_have_every_argument_with_its_default(heading, doc
     rows = dict(re.findall(r"^\| `(\w+)` \| `(.*?)` \|", table, re.MULTILINE))
     arguments = inspect.signature(documented).parameters
     assert rows == {name: repr(argument.default).replace("'", '"') for name, argument in arguments.items()}
-
-
-def test_the_table_of_the_papers_programs_names_each_of_them():
-    named = re.findall(r"^\| `(\w+\.py)` \|", README.split("## The paper")[1].split("\n## ")[0], re.MULTILINE)
-    assert sorted(named) == sorted({path.name for path in (ROOT / "examples/paper").glob("*.py")} - {"results.py"})
 
 
 def test_public_names_are_those_that_exist():

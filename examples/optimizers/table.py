@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what is published is of runs on the CPU
-sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))  # the runs are those of the tests
+sys.path.insert(0, str(Path(__file__).parents[2]))  # the runs are those of the tests
 
-import optimizer_zoo as zoo
+from tests.helpers import optimizer_zoo as zoo
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -33,7 +33,7 @@ weights of the run that was not stopped, bit for bit, and these are those of Alg
 packages as they are installed; how each is made and takes a step is found out by trying. All is on the CPU, and in
 float32 but where that rounds the steps away.
 
-Made by `python examples/optimizers/table.py`; `tests/test_optimizers.py` makes sure that it is so.
+Made by `python examples/optimizers/table.py`; `tests/outer_loop/test_optimizers.py` makes sure that it is so.
 
 The first number is of plain loops, the second of Trainers.
 """

@@ -2,12 +2,12 @@
 
 import torch
 import torch.distributed as dist
-from collectives import Counting
 from lightning.pytorch import Callback
-from resume_worker import Ranked
-from runs import both, equal, make_trainer
 
 from lightning_lookahead import AdaptiveAlpha, LookaheadCallback
+from tests.distributed.resume_worker import Ranked
+from tests.helpers.collectives import Counting
+from tests.helpers.runs import both, equal, make_trainer
 
 
 def agree(tensors):

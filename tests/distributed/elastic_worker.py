@@ -1,4 +1,4 @@
-"""Run by `test_elastic.py` under torchrun: ``elastic_worker.py KIND FOLDER WHEN``.
+"""Run by `test_elastic.py` under torchrun, as a module with the arguments KIND FOLDER WHEN.
 
 Goes on from the newest whole checkpoint in FOLDER. The first time it runs, a rank is killed: WHEN is ``"step"``, in the
 middle of a cycle, or ``"save"``, while a checkpoint is being written.
@@ -10,15 +10,12 @@ import sys
 from pathlib import Path
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
-from runs import leave
-from sharded_worker import fit
 
 from lightning_lookahead import load_weights
+from tests.helpers.runs import leave
+from tests.helpers.sharded import fit
 
 
 def newest_whole(folder):

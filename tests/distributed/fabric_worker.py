@@ -6,13 +6,13 @@ import pytest
 import torch
 from lightning.fabric import Fabric
 from lightning.fabric.strategies import ModelParallelStrategy
-from runs import inputs
-from sharded_worker import K, Net
 from torch.distributed.checkpoint import load, save
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import fully_shard
 
 from lightning_lookahead import SlowWeights
+from tests.helpers.runs import inputs
+from tests.helpers.sharded import K, Net
 
 
 def parallelize(model, mesh):

@@ -4,8 +4,9 @@ import warnings
 
 import torch
 from lightning.pytorch import Callback
-from runs import make_trainer
-from sharded_worker import Sharded, fit, local, strategy_for
+
+from tests.helpers.runs import make_trainer
+from tests.helpers.sharded import Sharded, fit, local, strategy_for
 
 
 class Start(Callback):

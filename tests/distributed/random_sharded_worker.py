@@ -4,9 +4,9 @@ import random
 
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from sharded_worker import STEPS, fit, local
 
 from lightning_lookahead import Linear, load_weights
+from tests.helpers.sharded import STEPS, fit, local
 
 FOLDERS = {"fsdp1", "fsdp1_flat", "fsdp1_grad_op", "fsdp2", "fsdp2_hsdp", "tp"}
 

@@ -1,10 +1,10 @@
 """Runs with a checkpoint after every step, and runs that go on from each."""
 
 from lightning.pytorch.callbacks import ModelCheckpoint
-from runs import Regression, both, equal, inputs, make_trainer
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from lightning_lookahead import LookaheadCallback
+from tests.helpers.runs import Regression, both, equal, inputs, make_trainer
 
 STEPS, K = 10, 4
 
@@ -27,16 +27,17 @@ def module_for(optimizer, strategy):
     return Zero(optimizer) if strategy == "zero" else Ranked(optimizer)
 
 
-def trainer_for(strategy, *callbacks):
-    devices = {"strategy": "ddp", "devices": 2} if strategy != "auto" else {}
-    return make_trainer(*callbacks, max_steps=STEPS, limit_val_batches=1, val_check_interval=3, **devices)
+def trainer_for(*callbacks):
+    return make_trainer(
+        *callbacks, max_steps=STEPS, limit_val_batches=1, val_check_interval=3, strategy="ddp", devices=2
+    )
 
 
 def train(optimizer, strategy, eval_weights):
     """Save a checkpoint after every step; return both sets of weights at the end."""
     callback, module = LookaheadCallback(k=K, eval_weights=eval_weights), module_for(optimizer, strategy)
     every = ModelCheckpoint(".", "{step}", every_n_train_steps=1, save_top_k=-1, save_on_train_epoch_end=False)
-    trainer_for(strategy, callback, every).fit(module)
+    trainer_for(callback, every).fit(module)
     return both(callback, module)
 
 
@@ -44,7 +45,7 @@ def resume(optimizer, strategy, eval_weights, theta, phi):
     """Go on from each checkpoint; the end has to be this one."""
     for step in range(1, STEPS + 1):
         callback, module = LookaheadCallback(k=K, eval_weights=eval_weights), module_for(optimizer, strategy)
-        trainer = trainer_for(strategy, callback)
+        trainer = trainer_for(callback)
         trainer.fit(module, ckpt_path=f"step={step}.ckpt")
         assert trainer.global_step == STEPS
         assert equal(both(callback, module)[0], theta), f"theta differs when resumed from step {step}"

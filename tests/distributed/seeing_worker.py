@@ -2,15 +2,15 @@
 
 import torch
 import torch.distributed as dist
-from classifier import Classifier, images
 from lightning.pytorch import Callback
-from runs import equal, inputs, make_trainer
-from sharded_worker import Sharded, local, strategy_for
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torchmetrics import MeanSquaredError
 
 from lightning_lookahead import InnerOuterMonitor, LookaheadCallback, compare_weights
 from lightning_lookahead.evaluation.measure import Evaluation
+from tests.helpers.classifier import Classifier, images
+from tests.helpers.runs import equal, inputs, make_trainer
+from tests.helpers.sharded import Sharded, local, strategy_for
 
 
 def regress(module, batch):  # noqa: ARG001 (the data are the ranks' own)
@@ -168,7 +168,7 @@ def check_collectives():
             self.counts = []
 
         def on_train_batch_end(self, trainer, pl_module, *_):
-            from collectives import collectives  # noqa: PLC0415
+            from tests.helpers.collectives import collectives  # noqa: PLC0415
 
             for number in (1, 5):
                 evaluation = Evaluation(MeanSquaredError(), regress)

@@ -4,13 +4,13 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
-from runs import inputs, make_trainer
-from sharded_worker import local, strategy_for
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader
 
 from lightning_lookahead import LookaheadCallback, load_weights
+from tests.helpers.runs import inputs, make_trainer
+from tests.helpers.sharded import local, strategy_for
 
 STEPS = 8
 

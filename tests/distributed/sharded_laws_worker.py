@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-from collectives import Counting
 from lightning.pytorch import Callback
-from runs import make_trainer
-from sharded_worker import Sharded, fit, local, strategy_for
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from lightning_lookahead import LookaheadCallback, SlowWeights
+from tests.helpers.collectives import Counting
+from tests.helpers.runs import make_trainer
+from tests.helpers.sharded import Sharded, fit, local, strategy_for
 
 
 class Memory(Callback):

@@ -5,8 +5,8 @@ import sys
 
 import pytest
 import torch
-from sharded_worker import resume, train
-from test_sharded import close, loaded, reference, same
+
+from tests.helpers.sharded import close, loaded, reference, resume, same, train
 
 pytestmark = [
     pytest.mark.cuda,

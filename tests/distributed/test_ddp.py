@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from ddp_worker import agree_and_issue_no_collective
-from oracle import lookahead
-from runs import Regression, both, equal, inputs, make_trainer, reference
 
 from lightning_lookahead import LookaheadCallback
+from tests.distributed.ddp_worker import agree_and_issue_no_collective
+from tests.helpers.oracle import lookahead
+from tests.helpers.runs import Regression, both, equal, inputs, make_trainer, reference
 
 
 def test_ranks_agree_bit_for_bit_and_a_sync_issues_no_collective(ranks):

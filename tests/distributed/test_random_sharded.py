@@ -7,7 +7,8 @@ import os
 import random
 
 import pytest
-from random_sharded_worker import check
+
+from tests.distributed.random_sharded_worker import check
 
 RUNS = int(os.environ.get("LOOKAHEAD_RANDOM_RUNS", "0"))
 KINDS = [("ddp", 2), ("fsdp1", 2), ("fsdp1_flat", 2), ("fsdp2", 2), ("fsdp2", 3), ("fsdp2_full", 2), ("tp", 2)]

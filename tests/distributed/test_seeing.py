@@ -1,11 +1,11 @@
 """The monitor and the comparison in several real processes."""
 
 import pytest
-from runs import make_trainer
-from seeing_worker import check_ddp, check_sharded
-from sharded_worker import Sharded
 
 from lightning_lookahead import compare_weights, load_weights
+from tests.distributed.seeing_worker import check_ddp, check_sharded
+from tests.helpers.runs import make_trainer
+from tests.helpers.sharded import Sharded
 
 
 class Whole(Sharded):

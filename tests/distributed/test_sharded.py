@@ -1,57 +1,17 @@
 """Sharded training in real processes: FSDP1, FSDP2, hybrid and tensor parallel, on the CPU over gloo."""
 
-import subprocess
-import sys
-
 import pytest
-from fabric_worker import resume_by_distributed_checkpoint, resume_in_fabric
-from foreign_worker import start_from_a_foreign_checkpoint
-from oracle import lookahead
-from runs import equal
-from sharded_laws_worker import check_laws
-from sharded_worker import STEPS, K, Sharded, resume, train
 
-from lightning_lookahead import load_weights
+from tests.distributed.fabric_worker import resume_by_distributed_checkpoint, resume_in_fabric
+from tests.distributed.foreign_worker import start_from_a_foreign_checkpoint
+from tests.distributed.sharded_laws_worker import check_laws
+from tests.helpers.sharded import Sharded, close, distance, loaded, reference, resume, same, train
 
 KINDS = ["ddp", "fsdp1", "fsdp1_flat", "fsdp1_grad_op", "fsdp2", "fsdp2_full", "fsdp2_hsdp", "tp", "tp_full"]
+
+
 OTHER = "other"
 """Processes that have not trained what they resume."""
-
-
-def reference(kind, optimizer, accumulate=1):
-    """theta and phi of one process, by name."""
-    module = Sharded(optimizer, kind)
-    inner = module.optimizer_class(module.parameters(), **module.settings)
-
-    def inner_step(index):
-        inner.zero_grad()
-        for _ in range(accumulate):
-            (module.loss(index) / accumulate).backward()
-        inner.step()
-
-    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    phi = dict(zip(trained, lookahead(trained, inner_step, k=K, alpha=0.5, steps=STEPS), strict=True))
-    named = list(module.named_parameters(remove_duplicate=False))
-    return {
-        "fast": {name: parameter.detach() for name, parameter in named},
-        "slow": {name: phi.get(parameter, parameter).detach() for name, parameter in named},
-    }
-
-
-def distance(left, right):
-    return max((left[name] - right[name]).abs().max().item() for name in right)
-
-
-def loaded(path):
-    return {weights: load_weights(path, weights) for weights in ("slow", "fast")}
-
-
-def same(left, right):
-    return all(equal(left[weights].values(), right[weights].values()) for weights in ("slow", "fast"))
-
-
-def close(left, right, tolerance):
-    return max(distance(left[weights], right[weights]) for weights in ("slow", "fast")) < tolerance
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -139,11 +99,11 @@ def test_another_strategy_resumes(before, after, ranks, tmp_path):
 
 
 @pytest.mark.parametrize(("kind", "tool"), [("fsdp1", "pytorch"), ("fsdp1", "fabric"), ("fsdp2", "fabric")])
-def test_a_folder_that_lightning_s_tools_have_made_one_file_holds_both_sets(kind, tool, ranks, tmp_path):
+def test_a_folder_that_lightning_s_tools_have_made_one_file_holds_both_sets(kind, tool, ranks, program, tmp_path):
     ranks(2, train, kind, "Adam", tmp_path)
     folder, file = tmp_path / "step=4.ckpt", tmp_path / "one.ckpt"
-    command = [sys.executable, "-m", f"lightning.{tool}.utilities.consolidate_checkpoint"]
-    subprocess.run([*command, folder, "--output_file", file], check=True)
+    done = program("-m", f"lightning.{tool}.utilities.consolidate_checkpoint", folder, "--output_file", file)
+    assert done.returncode == 0, done.stderr
     assert same(loaded(file), loaded(folder))
     if tool == "pytorch":  # the other has keys that a Trainer does not know
         ranks(1, resume, "single", "Adam", file)

@@ -1,7 +1,8 @@
 """What broke where weights are sharded: each resumed bit for bit, on two ranks over gloo."""
 
 import pytest
-from sharded_defects_worker import CASES, holds
+
+from tests.distributed.sharded_defects_worker import CASES, holds
 
 
 @pytest.mark.parametrize("case", [*CASES, "between", "anew"])

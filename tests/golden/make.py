@@ -1,6 +1,6 @@
 """Checkpoints of every kind, as small as they can be, that later versions have to read bit for bit.
 
-``python tests/golden/make.py`` writes new ones in place of those that are here: when the format has changed, and the
+``python -m tests.golden.make`` writes new ones in place of those that are here: when the format has changed, and the
 reading of the old ones is tested elsewhere. The folder of shards is written by two processes, which it starts.
 """
 
@@ -11,17 +11,15 @@ import sys
 from pathlib import Path
 
 import torch
-from torch import nn
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 from lightning.pytorch import LightningModule
-from runs import leave, make_trainer
+from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader
 from torchmetrics import MeanSquaredError
 
 from lightning_lookahead import InnerOuterMonitor, LookaheadCallback
+from tests.helpers.places import environment
+from tests.helpers.runs import leave, make_trainer
 
 HERE = Path(__file__).parent
 STEPS = 4  # one step into the second cycle
@@ -148,7 +146,7 @@ def main():
         if kind != "shards":
             write(kind)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    subprocess.run([*launcher, __file__, "shards"], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    subprocess.run([*launcher, "-m", "tests.golden.make", "shards"], check=True, env=environment())
 
 
 if __name__ == "__main__":

@@ -12,13 +12,22 @@ from itertools import permutations
 
 import pytest
 import torch
-from naive import Outer
-from oracle import lookahead
-from random_cases import run, seeds
-from random_networks import OPTIMIZERS, Layers, coarse, counts_in, counts_of, go_together, make_optimizer, same
 from torch import nn
 
 from lightning_lookahead import Cosine, Linear, SlowWeights
+from tests.helpers.naive import Outer
+from tests.helpers.oracle import lookahead
+from tests.helpers.random_cases import run, seeds
+from tests.helpers.random_networks import (
+    OPTIMIZERS,
+    Layers,
+    coarse,
+    counts_in,
+    counts_of,
+    go_together,
+    make_optimizer,
+    same,
+)
 
 DEFAULTS = {
     "optimizer": "SGD",

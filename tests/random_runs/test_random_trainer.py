@@ -13,13 +13,22 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
-from naive import NaiveLookahead, Outer
-from random_cases import run, seeds
-from random_networks import OPTIMIZERS, Layers, coarse, counts_in, counts_of, go_together, make_optimizer, same
-from runs import make_trainer
 from torch.utils.data import DataLoader
 
 from lightning_lookahead import Cosine, Linear, LookaheadCallback, load_weights
+from tests.helpers.naive import NaiveLookahead, Outer
+from tests.helpers.random_cases import run, seeds
+from tests.helpers.random_networks import (
+    OPTIMIZERS,
+    Layers,
+    coarse,
+    counts_in,
+    counts_of,
+    go_together,
+    make_optimizer,
+    same,
+)
+from tests.helpers.runs import make_trainer
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Lookahead. parameter .* in several optimizers"),  # that is asked for

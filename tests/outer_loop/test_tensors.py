@@ -1,0 +1,122 @@
+import weakref
+from fractions import Fraction
+
+import pytest
+import torch
+from hypothesis import example, given
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lightning_lookahead.outer_loop import tensors
+from tests.helpers import strategies as some
+
+
+@example(0.0, 2.2e-311, 0.25)  # subnormal: of those, neighbours are as far apart as the smallest is from zero
+@given(some.weights, some.weights, some.small_alphas)
+def test_interpolation_is_the_formula_of_the_paper_to_rounding(slow, fast, alpha):
+    result = torch.tensor([slow], dtype=torch.float64)
+    tensors.interpolate_([result], [torch.tensor([fast], dtype=torch.float64)], alpha)
+    exact = Fraction(slow) + Fraction(alpha) * (Fraction(fast) - Fraction(slow))
+    scale = max(abs(Fraction(slow)), abs(Fraction(fast)))
+    assert abs(Fraction(result.item()) - exact) <= 4 * max(Fraction(2) ** -53 * scale, Fraction(2) ** -1074)
+
+
+@given(some.lists_of_weights, some.lists_of_weights)
+def test_alpha_one_gives_the_fast_weights_exactly(slow, fast):
+    size = min(len(slow), len(fast))
+    slow, fast = torch.tensor(slow[:size]), torch.tensor(fast[:size])
+    tensors.interpolate_([slow], [fast], 1.0)
+    assert torch.equal(slow, fast)
+
+
+def test_an_empty_list_is_no_error():
+    tensors.interpolate_([], [], 0.5)
+    tensors.copy_([], [])
+    assert tensors.distance([], []) == 0
+
+
+def test_exchange_moves_values_and_nothing_else():
+    left, right = [torch.tensor([1.0]), torch.tensor(2.0)], [torch.tensor([3.0]), torch.tensor(4.0)]
+    pointers = [tensor.data_ptr() for tensor in left + right]
+    tensors.exchange_(left, right)
+    assert [tensor.item() for tensor in left + right] == [3, 4, 1, 2]
+    assert [tensor.data_ptr() for tensor in left + right] == pointers
+
+
+class Live(TorchDispatchMode):
+    """The most bytes alive at once in tensors made while it is on."""
+
+    def __init__(self):
+        super().__init__()
+        self.made, self.peak = [], 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and not any(result is argument for argument in args):
+            self.made.append(weakref.ref(result))
+        alive = {
+            t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+            for t in (r() for r in self.made)
+            if t is not None
+        }
+        self.peak = max(self.peak, sum(alive.values()))
+        return result
+
+
+def test_an_exchange_needs_one_tensor_more_and_a_sync_none():
+    left, right = [torch.zeros(100) for _ in range(4)], [torch.ones(100) for _ in range(4)]
+    with Live() as live:
+        tensors.exchange_(left, right)
+    assert live.peak == left[0].nbytes
+    with Live() as live:
+        tensors.interpolate_(left, right, 0.5)
+        tensors.copy_(right, left)
+    assert live.peak == 0
+
+
+@pytest.mark.parametrize("fails_at", range(9))
+def test_an_exchange_that_fails_is_undone(monkeypatch, fails_at):
+    left, right = [torch.full((2,), float(i)) for i in range(3)], [torch.full((2,), 10.0 + i) for i in range(3)]
+    calls = iter(range(100))
+
+    def failing(operation):
+        def call(*args):
+            if next(calls) == fails_at:
+                raise torch.OutOfMemoryError
+            return operation(*args)
+
+        return call
+
+    for name in ("clone", "copy_"):
+        monkeypatch.setattr(torch.Tensor, name, failing(getattr(torch.Tensor, name)))
+    with pytest.raises(torch.OutOfMemoryError):
+        tensors.exchange_(left, right)
+    assert [tensor[0].item() for tensor in left + right] == [0, 1, 2, 10, 11, 12]
+
+
+def test_copies_can_be_updated_later_although_they_were_made_in_inference_mode():
+    source = torch.ones(2, requires_grad=True)
+    with torch.inference_mode():
+        (copy,) = tensors.copies([source])
+    tensors.interpolate_([copy], [torch.zeros(2)], 0.5)
+    assert copy.tolist() == [0.5, 0.5]
+    assert not copy.requires_grad
+
+
+def test_copies_keep_strides():
+    source = torch.zeros(2, 3, 4, 5).to(memory_format=torch.channels_last)
+    assert tensors.copies([source])[0].stride() == source.stride()
+
+
+def test_distance_is_the_norm_of_all_differences_together():
+    left, right = [torch.zeros(2), torch.zeros(1)], [torch.tensor([2.0, 3.0]), torch.tensor([6.0])]
+    assert tensors.distance(left, right) == 7
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.complex64, torch.int8])
+def test_checksums_tell_bits_and_their_places_apart(dtype):
+    tensor = torch.arange(6).reshape(2, 3).to(dtype)
+    assert tensors.checksum(tensor) == tensors.checksum(tensor.clone())
+    assert tensors.checksum(tensor.T.contiguous().T) == tensors.checksum(tensor)
+    assert tensors.checksum(tensor.flip(0)) != tensors.checksum(tensor)
+    assert tensors.checksum(torch.zeros(0, dtype=dtype)) == 0
+    assert tensors.checksum(torch.ones((), dtype=dtype)) != 0
