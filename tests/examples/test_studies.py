@@ -23,7 +23,7 @@ def test_a_run_with_a_record_is_not_done_again_and_its_folder_is_gone(tmp_path):
     assert again[1:] == first
     assert [record["results"]["accuracy"] for record in again] == [0.3, 0.1, 0.2]
     assert set(first[0]) == {"settings", "results", "seconds", "finished", "versions", "machine"}
-    assert first[0]["versions"]["torch"] == torch.__version__
+    assert first[0]["versions"]["torch"].partition("+")[0] == torch.__version__.partition("+")[0]  # less a build's name
     assert not [path for path in (tmp_path / "out" / "try").iterdir() if path.is_dir()]
 
 
