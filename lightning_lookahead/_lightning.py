@@ -67,6 +67,18 @@ def callbacks_of(trainer: Trainer) -> list[Callback]:
     return callbacks
 
 
+def move_to_front(trainer: Trainer, callback: Callback) -> None:
+    """Let a callback come before all others but the tuners, which Lightning sorts there."""
+    others = [other for other in callbacks_of(trainer) if other is not callback]
+    ahead = sum(has_class_named(other, TUNERS) for other in others)
+    trainer.callbacks = [*others[:ahead], callback, *others[ahead:]]  # type: ignore[attr-defined]
+
+
+def averages(trainer: Trainer) -> bool:
+    """Whether a callback leaves an average of its own in the module when training ends."""
+    return any(has_class_named(callback, AVERAGERS) for callback in callbacks_of(trainer))
+
+
 def datamodule_of(trainer: Trainer) -> Any:
     """The Trainer's data module, if it has one."""
     return trainer.datamodule  # type: ignore[attr-defined]  # set by a part of the Trainer

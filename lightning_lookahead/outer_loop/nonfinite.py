@@ -1,4 +1,4 @@
-"""Fast weights that are infinite or no number, at a sync: whether there are any, and what is said of them."""
+"""Fast weights that are NaN or infinite at a sync: whether there are any, and what is said of them."""
 
 from __future__ import annotations
 

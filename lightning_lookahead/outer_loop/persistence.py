@@ -373,6 +373,11 @@ class Persistence:
         pending, self.pending = self.pending, None
         self._pairs.begun = self._pairs.begun or begins or (pending is not None and pending.begun)
 
+    def begin(self) -> None:
+        """Say that all is loaded: what moves the parameters from here on is training, also another optimizer's."""
+        self.place()
+        self.let_go()
+
     def _put(self, pending: Pending) -> None:
         pending.placed = True
         copy_(pending.loaded, pending.loaded.values())

@@ -6,8 +6,6 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 
-from typing_extensions import override
-
 from lightning_lookahead._arguments import check_alpha, check_k
 from lightning_lookahead.outer_loop.adaptive import AdaptiveAlpha
 
@@ -55,7 +53,6 @@ class Linear(_Ramp):
         [0.5, 0.75, 1.0, 1.0]
     """
 
-    @override
     def __call__(self, sync: int) -> float:
         done = self._done(sync)
         return (1 - done) * self.start + done * self.end
@@ -77,7 +74,6 @@ class Cosine(_Ramp):
         [1.0, 0.927, 0.75, 0.5, 0.5]
     """
 
-    @override
     def __call__(self, sync: int) -> float:
         done = (1 - math.cos(math.pi * self._done(sync))) / 2
         return (1 - done) * self.start + done * self.end

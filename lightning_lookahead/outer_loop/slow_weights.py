@@ -37,49 +37,40 @@ if TYPE_CHECKING:
 class SlowWeights:
     """The outer loop of Lookahead around one optimizer: one slow tensor per trained parameter.
 
-    Every ``k`` inner steps the slow weights go part of the way to the fast ones, and the fast ones are put there::
+    Every ``k`` inner steps it does Algorithm 1's `outer_step`. phi starts from the weights before the first step. An
+    inner step is a call of ``optimizer.step()`` that moved weights: one that a gradient scaler skipped, or before which
+    no parameter had a gradient, does not count.
 
-        phi   <- phi + alpha * (theta - phi)
-        theta <- phi
-
-    The second line copies and never recomputes, so both are equal bit for bit after a sync, in every dtype. phi starts
-    from the weights before the first step. An inner step is one that moved weights: a call of ``optimizer.step()``
-    that a gradient scaler skipped, or before which no parameter had a gradient, does not count.
-
-    Its ``state_dict`` holds the set of weights that the parameters do not hold; the optimizer's is what it is without
-    this object. To resume, save the model, the optimizer and this object; build the three anew and load each one's
-    ``state_dict``, in any order.
+    To resume, save the model, the optimizer and this object; build the three anew and load each one's ``state_dict``,
+    in any order. The optimizer's is what it is without this object.
 
     Args:
         optimizer: The inner optimizer, any `torch.optim.Optimizer`. Its parameters must be where they will be trained
-            (device, shard). Parameters that need no gradient are left alone, until they do; added ones join. Any
-            number of them may be frozen, also all.
-        k: Inner steps from one sync to the next; at least 1. A function makes it of the number of syncs done, see
-            `lightning_lookahead.Linear` and its like. A group's own ``"lookahead_k"`` goes before it.
-        alpha: Slow weights step size, the fraction of the way to go, in (0, 1]. 1 leaves the inner optimizer as it is.
-            Or a function as for ``k``; a group's own ``"lookahead_alpha"`` goes before it.
-        module: The module that the parameters belong to, as FSDP or a `Fabric` returned it: its names are those of the
-            ``state_dict``. Needed if they are sharded.
-        sync_in_step: Sync by itself at the end of the k-th ``optimizer.step()``; ``False`` leaves it to the caller,
-            who calls `sync` when `due`.
+            (device, shard). Frozen ones are left alone until they need a gradient; added ones join.
+        k: Inner steps from one sync to the next; at least 1. Or a function of the number of syncs done, `Linear`, say.
+            A group's own ``"lookahead_k"`` goes before it.
+        alpha: Slow weights step size, in (0, 1]; 1 leaves the inner optimizer as it is. Or a function as for ``k``, or
+            an `AdaptiveAlpha`. A group's own ``"lookahead_alpha"`` goes before it.
+        module: The module that the parameters belong to, as FSDP or a `Fabric` returned it: it gives them their names.
+            Needed if they are sharded.
+        sync_in_step: Sync at the end of the k-th ``optimizer.step()``. ``False``: the caller syncs when it is `due`.
         model_weights: The weights that the model's own ``state_dict`` holds in checkpoints; this one's holds the
             others. ``None``: those that the parameters hold when it is called.
         start_step: Inner steps before the first cycle begins; until then phi is theta.
         exclude: Parameters to leave alone.
-        pullback_momentum: What a sync does to the optimizer's state: ``"none"`` leaves it alone, ``"reset"`` makes it
-            that of a new optimizer, ``"pullback"`` lets its momentum go the way of the weights.
-        nonfinite: What a sync does if a fast weight is infinite or no number: ``"raise"``, with phi as it was;
-            ``"skip"``: leave out this sync; ``"restore"``: put theta back to phi and make the optimizer's state that
-            of a new one.
-        slow_dtype: Floating-point type of the slow weights, ``"float64"``, say; by default the parameters', at least
-            float32, so that they keep progress that is too small for a parameter in bfloat16.
-        slow_device: Device that the slow weights are kept on, ``"cpu"``, say; by default the parameters'.
+        shared: Parameters that another optimizer moves, too.
+        pullback_momentum: What a sync does to the optimizer's state: ``"none"`` leaves it alone, ``"pullback"`` moves
+            its momentum as the weights, ``"reset"`` makes it that of a new optimizer.
+        nonfinite: What a sync does if a fast weight is NaN or infinite: ``"raise"``, with phi as it was; ``"skip"``
+            this sync; ``"restore"`` theta to phi, with the state of a new optimizer.
+        slow_dtype: Floating-point type of the slow weights; by default the parameters', but at least float32, so that
+            they keep progress that is too small for a parameter in bfloat16.
+        slow_device: Device of the slow weights, ``"cpu"``, say; by default the parameters'.
         buffers: What a sync does to the running means and variances of ``module``'s BatchNorm layers: ``"keep"`` leaves
-            them alone, ``"sync"`` moves them as it does weights.
-        loss: A function that computes the training loss at the weights that the parameters hold, of the last batch
-            say, for an `AdaptiveAlpha` that needs it.
-        measure_distance: Keep the Euclidean distance between theta and phi just before each sync in `last_distance`,
-            a 0-dim tensor on the parameters' device.
+            them alone, ``"sync"`` moves them as the weights.
+        loss: A function that computes the training loss at the weights that the parameters hold, for an
+            `AdaptiveAlpha` that needs it.
+        measure_distance: Keep the distance between theta and phi just before each sync in `last_distance`.
 
     Raises:
         TypeError: If ``optimizer`` is not a torch optimizer.
@@ -137,7 +128,9 @@ class SlowWeights:
         self.pairs = WeightPairs(optimizer, settings, exclude, shared)
         self.cycles = Cycles(optimizer, settings, InnerSteps(optimizer, self.parameters))
         self.statistics = SlowStatistics(module if buffers == "sync" else None)
-        self._momentum = Momentum(optimizer, pullback_momentum, sharded=self.sharded, restores=nonfinite == "restore")
+        self._momentum = Momentum(
+            optimizer, pullback_momentum, sharded=self.parameters.sharded, restores=nonfinite == "restore"
+        )
         training_loss = TrainingLoss(loss) if loss is not None else None
         self.alpha = Alpha(optimizer, settings, self.parameters, training_loss, comes_later=not sync_in_step)
         self.persistence = Persistence(
@@ -156,11 +149,6 @@ class SlowWeights:
     def active(self) -> Weights:
         """The set of weights that the parameters hold now; the other one is kept here."""
         return self.pairs.active
-
-    @property
-    def sharded(self) -> bool:
-        """Whether the parameters are spread over ranks; each then keeps its own piece of both sets."""
-        return self.parameters.sharded
 
     def swap_to(self, weights: Weights, *, statistics: bool = True) -> None:
         """Let the parameters hold ``weights`` from now on, in place: `data_ptr` and `Parameter` stay.
@@ -199,10 +187,6 @@ class SlowWeights:
         self.persistence.place()
         return self.pairs.values(weights)
 
-    def fingerprint(self) -> list[int]:
-        """Integers that are others if a value of either set is, or if the module has other parameters."""
-        return self.pairs.fingerprint(self.parameters.module)
-
     # -- saving and restoring
 
     def state_dict(self, *, whole: bool = False) -> dict[str, Any]:
@@ -217,7 +201,7 @@ class SlowWeights:
                 Either loads with any number of ranks.
         """
         state = self.persistence.state_dict(whole=whole)
-        return Shards(state) if self.sharded and not whole else state
+        return Shards(state) if self.parameters.sharded and not whole else state
 
     def load_state_dict(self, state_dict: dict[str, Any], model: Mapping[str, Any] | None = None) -> None:
         """Go on where the saved one was; ``k`` and ``alpha`` stay as they were given, with a warning if they differ.
@@ -248,19 +232,9 @@ class SlowWeights:
         return self.cycles.first.syncs
 
     @property
-    def steps_since_sync(self) -> int:
-        """Inner steps since the last sync, of the group that waits longest; reads as `steps` does."""
-        return self.cycles.steps_since_sync
-
-    @property
     def last_alpha(self) -> float | None:
         """The step size of the last sync."""
         return self.alpha.last
-
-    def begin(self) -> None:
-        """Say that all is loaded: what moves the parameters from here on is training, also another optimizer's."""
-        self.persistence.place()
-        self.persistence.let_go()
 
     @property
     def due(self) -> bool:
@@ -285,7 +259,7 @@ class SlowWeights:
         if self.active == "slow":
             message = "sync() was called while the parameters hold the slow weights: leave use('slow') first."
             raise RuntimeError(message)
-        self.begin()
+        self.persistence.begin()
         due = self.cycles.due(self.pairs, begun=begun)
         nonfinite = self.settings.nonfinite  # looked for in all cycles before one moves
         finite = [all_finite(cycle.moving, nonfinite, self.parameters) for cycle in due]
@@ -310,13 +284,6 @@ class SlowWeights:
         copy_(moving.fast, moving.slow)
         self._momentum.forget(moving.fast)  # what made the weights NaN or infinite is in there, too
         self.statistics.restore()
-
-    # -- the hooks on the optimizer
-
-    @property
-    def counting(self) -> bool:
-        """Whether steps are counted and synced: from the start until `close`."""
-        return self.inner_loop.watches
 
     def close(self) -> None:
         """Let go of the optimizer: stop counting and syncing. Both sets of weights stay here."""

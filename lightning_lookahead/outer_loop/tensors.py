@@ -1,8 +1,7 @@
-"""Arithmetic over lists of tensors, in place: the only file that knows how torch batches it.
+"""Arithmetic over lists of tensors, in place and without gradients.
 
-Those that move values take lists of equal length whose tensors match pairwise in shape, dtype and placement, work under
-``no_grad``, and issue no collective and no host synchronisation (but for
-`not_finite`): of a sharded tensor they see this rank's piece.
+Two lists have as many tensors, of the same shapes pairwise. Of a sharded tensor this rank's piece is seen: no
+collective is issued.
 """
 
 from __future__ import annotations
@@ -108,7 +107,7 @@ def _sum(tensor: Tensor) -> Tensor:
 
 @torch.no_grad()
 def not_finite(tensors: Collection[Tensor]) -> list[int]:
-    """Which of the tensors have a value that is infinite or no number; waits for the device once."""
+    """Which of the tensors have a value that is NaN or infinite; waits for the device once."""
     listed = local(tensors)
     filled = [index for index, tensor in enumerate(listed) if tensor.numel()]
     if not filled:

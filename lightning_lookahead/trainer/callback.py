@@ -2,29 +2,15 @@
 
 from __future__ import annotations
 
-import warnings
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from typing_extensions import override
-
 from lightning_lookahead._arguments import PullbackMomentum, check_choice
-from lightning_lookahead._lightning import (
-    AVERAGERS,
-    TUNERS,
-    Callback,
-    callbacks_of,
-    check_trainer,
-    has_class_named,
-    join_packages,
-    log_to_loggers,
-)
+from lightning_lookahead._lightning import Callback, check_trainer, join_packages, log_to_loggers, move_to_front
 from lightning_lookahead.evaluation.recalibration import check_recalibrate
-from lightning_lookahead.outer_loop.batch_norm import check_statistics
 from lightning_lookahead.outer_loop.saved_format import check_weights
 from lightning_lookahead.outer_loop.settings import Buffers, Nonfinite, Settings
 from lightning_lookahead.trainer.fit import Fit, SyncOptimizers
-from lightning_lookahead.trainer.outer_loops import OTHERS_LOADED, check_sharded_options
 from lightning_lookahead.trainer.rank_check import RankCheck
 from lightning_lookahead.trainer.sync_log import figures
 
@@ -50,39 +36,35 @@ class LookaheadCallback(Callback):
     A run that is stopped and resumed, at any step, is the uninterrupted run bit for bit.
 
     Args:
-        k: Inner steps from one sync to the next; at least 1. Or a schedule over syncs, `Linear`, say.
-            An optimizer's group with a ``"lookahead_k"`` of its own has cycles of its own.
-        alpha: Slow weights step size, in (0, 1]; 1 leaves the inner optimizer as it is. Or a schedule, and a group's
-            own ``"lookahead_alpha"``, as for ``k``; or an `AdaptiveAlpha`.
+        k: Inner steps from one sync to the next; at least 1. Or a schedule over syncs, `Linear`, say. A group of an
+            optimizer with a ``"lookahead_k"`` of its own has cycles of its own.
+        alpha: Slow weights step size, in (0, 1]; 1 leaves the inner optimizer as it is. Or a schedule, or an
+            `AdaptiveAlpha`. A group may have a ``"lookahead_alpha"`` of its own.
         eval_weights: The weights that validation sees, that a checkpoint's ``state_dict`` holds and that the module
             holds after fit: ``"slow"`` (phi, what the algorithm returns) or ``"fast"`` (theta).
-        pullback_momentum: What a sync does to the inner optimizer's state: ``"none"`` leaves it alone, ``"reset"``
-            makes it that of a new optimizer, ``"pullback"`` lets its momentum go the way of the weights, with alpha
-            from where it was after the last sync.
+        pullback_momentum: What a sync does to the inner optimizer's state: ``"none"`` leaves it alone, ``"pullback"``
+            moves its momentum as the weights, from where it was after the last sync, ``"reset"`` makes it a new one's.
         start_step: Inner steps before the first cycle begins; until then there is one set of weights.
         unfinished_cycle: What the end of training does to a cycle that has not ended: ``"drop"`` leaves phi as it was
             after the last sync (Algorithm 1), ``"sync"`` syncs once more.
         exclude: Parameters to leave alone, by patterns of their names (``"*.bias"``, ``"head.*"``).
-        sync_optimizers: ``"independently"``: each optimizer counts and syncs for itself. ``"together"``: all sync when
-            each has taken its ``k`` steps (Lookahead-Minmax for GANs).
-        nonfinite: What a sync does if a fast weight is infinite or no number: ``"raise"``, ``"skip"`` this sync, or
-            ``"restore"`` the weights of the last sync, with the inner optimizer's state that of a new one.
-        slow_dtype: Floating-point type of the slow weights; by default the parameters', but at least float32, so that
-            they keep progress that is too small for a parameter in bfloat16.
+        sync_optimizers: ``"independently"``: each optimizer syncs for itself. ``"together"``: all sync when each has
+            taken its ``k`` steps (Lookahead-Minmax for GANs).
+        nonfinite: What a sync does if a fast weight is NaN or infinite: ``"raise"``, ``"skip"`` this sync, or
+            ``"restore"`` the weights of the last sync, with the state of a new inner optimizer.
+        slow_dtype: Floating-point type of the slow weights; by default the parameters', but at least float32.
+        slow_device: Where the slow weights are kept, ``"cpu"``, say; by default beside the parameters.
         buffers: What a sync does to BatchNorm's running means and variances: ``"keep"`` leaves them alone, ``"sync"``
-            moves them as it does weights. With several optimizers it does so when the first one syncs.
-        slow_device: Where the slow weights are kept: ``"cpu"`` leaves the GPU's memory free; by default beside the
-            parameters.
+            moves them as the weights, when the first optimizer syncs.
         monitor: Evaluates held-out data after every inner step of a window, as in the paper's Figure 10.
         recalibrate_batch_norm: Before each validation, gather BatchNorm's statistics anew with the slow weights, from
-            all training batches (``True``) or the first so many: those at hand were gathered with fast weights. After
-            it they are what they were; checkpoints hold those.
-        log_syncs: Send ``lookahead/syncs``, the syncs done, to the Trainer's loggers every ``log_every_n_steps``, and
-            ``lookahead/alpha``, the last sync's, if it changes.
+            all training batches (``True``) or the first so many. After it they are what they were.
+        log_syncs: Send ``lookahead/syncs`` to the Trainer's loggers every ``log_every_n_steps``, and
+            ``lookahead/alpha`` if it changes.
         log_distance: Send ``lookahead/distance`` there, how far theta and phi were apart just before the last sync
             (Euclidean).
-        check_ranks: After each sync, compare the weights of all ranks (DDP) and raise if one has drifted: one checksum
-            of the weights and one small collective for each sync. Off, a sync issues no collective.
+        check_ranks: After each sync, compare the weights of all ranks (DDP) and raise if one has drifted. Off, a sync
+            issues no collective.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -138,7 +120,6 @@ class LookaheadCallback(Callback):
         self.log_syncs, self.log_distance, self.check_ranks = log_syncs, log_distance, check_ranks
         self._ranks = RankCheck()
         self._in_trainer = False
-        self._trainer: Trainer | None = None  # while a fit is under way
         self._fit = self._new_fit()
 
     def _new_fit(self) -> Fit:
@@ -163,7 +144,6 @@ class LookaheadCallback(Callback):
 
     # -- one fit
 
-    @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._in_trainer = True
         check_trainer(trainer)
@@ -174,47 +154,23 @@ class LookaheadCallback(Callback):
         self._fit.checkpoints.await_checkpoint(trainer.strategy, pl_module)
         if self.monitor is not None:
             self.monitor.reset()
-        # First, so that every other callback finds the weights that validation and the end of training are about:
-        # pruning masks them, averaging replaces them. Only the tuners stay ahead, as Lightning sorts them.
-        others = [callback for callback in callbacks_of(trainer) if callback is not self]
-        ahead = sum(has_class_named(callback, TUNERS) for callback in others)
-        trainer.callbacks = [*others[:ahead], self, *others[ahead:]]  # type: ignore[attr-defined]
+        # So that every other callback finds the weights that validation and the end of training are about: pruning masks
+        # them, averaging replaces them.
+        move_to_front(trainer, self)
 
-    @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        optimizers = [
-            optimizer for optimizer in trainer.optimizers if not has_class_named(optimizer, ["_MockOptimizer"])
-        ]
-        if not optimizers:
-            warnings.warn("configure_optimizers gave no optimizer: there is nothing to look ahead with.", stacklevel=2)
-            return
-        root, weights = trainer.strategy.model, self.eval_weights
-        options = {"module": root, "model_weights": weights, "measure_distance": self.log_distance}
-        self._fit.loops.add(optimizers, self.settings, self.exclude, pl_module, **options)
-        if any(slow.sharded for slow in self.slow_weights):
-            slow_device = self.settings.slow_device
-            check_sharded_options(log_distance=self.log_distance, check_ranks=self.check_ranks, slow_device=slow_device)
-        if self.recalibrate_batch_norm:
-            check_statistics(pl_module, "recalibrate_batch_norm")
-        if not pl_module.automatic_optimization:
-            self._fit.sync_in_steps(trainer)
-        self._fit.checkpoints.serve(trainer.strategy)
+        self._fit.start(trainer, pl_module, self.exclude, log_distance=self.log_distance, check_ranks=self.check_ranks)
 
-    @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._trainer = trainer
         self._fit.begin(trainer)
         self._ranks.begin(self.slow_weights)
 
-    @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._fit.checkpoints.begin_batch()
 
-    @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         self._fit.loops.track_new(optimizer)  # a step that began before training_step may find some unfrozen there
 
-    @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -230,20 +186,13 @@ class LookaheadCallback(Callback):
         if self.monitor is not None and self.slow_weights:
             self.monitor.publish(trainer, pl_module)
 
-    @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._trainer = None
-        averages = any(has_class_named(callback, AVERAGERS) for callback in callbacks_of(trainer))
-        sync_unfinished, leave = self.unfinished_cycle == "sync", None if averages else self.eval_weights
-        self._fit.end(trainer, sync_unfinished=sync_unfinished, leave=leave)
+        self._fit.end(trainer, sync_unfinished=self.unfinished_cycle == "sync")
 
-    @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.on_train_end(trainer, pl_module)  # which is left out where no batch was trained
 
-    @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._trainer = None
         self._fit.abort(trainer, pl_module)
 
     def sync_now(self) -> None:
@@ -252,14 +201,10 @@ class LookaheadCallback(Callback):
         Raises:
             RuntimeError: Outside of a fit, or while the module holds the slow weights (in validation).
         """
-        if self._trainer is None:
-            message = "sync_now() was called outside of a fit: there is nothing to sync."
-            raise RuntimeError(message)
-        self._fit.sync_now(self._trainer)
+        self._fit.sync_now()
 
     # -- either set of weights
 
-    @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._fit.swap.start(trainer)  # the end is the strategy's: after the hooks of all callbacks and of the module
 
@@ -274,35 +219,22 @@ class LookaheadCallback(Callback):
             ValueError: If ``weights`` is neither.
             RuntimeError: If this process has started no fit.
         """
-        check_weights(weights)
-        if not self.slow_weights:
-            message = (
-                "There is one set of weights only: use_weights() works from the start of a fit on, in the process that"
-                " trains (strategies that spawn or fork bring back phi alone)."
-            )
-            raise RuntimeError(message)
-        if self.others_loaded:
-            message = f"use_weights({weights!r}): {OTHERS_LOADED}"
-            raise RuntimeError(message)
+        self._fit.loops.check_sets(weights)
         with self._fit.loops.use(weights):
             yield
 
     # -- what is saved, and what a copy has
 
-    @override
     def state_dict(self) -> dict[str, Any]:
         return self._fit.checkpoints.state_dict()
 
-    @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self._fit.checkpoints.on_save_checkpoint(trainer, checkpoint)
 
-    @override
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self._fit.checkpoints.on_load_checkpoint(trainer, checkpoint)
 
     @property
-    @override
     def state_key(self) -> str:
         # Where a Trainer is made, Lightning refuses two callbacks with one key, in words of its own.
         return type(self).__name__ if self._in_trainer else f"{type(self).__name__}, {id(self)}"
@@ -312,7 +244,7 @@ class LookaheadCallback(Callback):
         left_out = (
             {"log", "log_dict"} if self._fit.loops.counting else {"log", "log_dict", "_fit"}
         )  # logs: the module's
-        return {**{name: value for name, value in vars(self).items() if name not in left_out}, "_trainer": None}
+        return {name: value for name, value in vars(self).items() if name not in left_out}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

@@ -186,9 +186,11 @@ class CheckpointHooks:
         whose ``state_dict`` may be views of them. The strategy's ``save_checkpoint`` ends
         it, or the next batch where that is never called. What of the ``state_dict`` is not a copy goes with the swap.
         """
-        if self._in_batch or any(slow.sharded for slow in self._loops.slow_weights):
+        if self._in_batch or any(slow.parameters.sharded for slow in self._loops.slow_weights):
             return
-        self._shown = [slow for slow in self._loops.slow_weights if slow.counting and slow.active != self._weights]
+        self._shown = [
+            slow for slow in self._loops.slow_weights if slow.inner_loop.watches and slow.active != self._weights
+        ]
         live = {storage_key(value): p for slow in self._shown for p, value in slow.values(self._weights).items()}
         for slow in self._shown:
             slow.swap_to(self._weights)

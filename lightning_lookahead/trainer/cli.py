@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from typing_extensions import override
 
 from lightning_lookahead.checkpointing import read_checkpoint
 from lightning_lookahead.trainer.callback import LookaheadCallback
@@ -73,7 +72,6 @@ class LookaheadTrainer(Trainer):
 class OneLineParser(LightningArgumentParser):
     """A parser that refuses in one line, with exit code 2. With ``JSONARGPARSE_DEBUG=1`` there is a traceback, too."""
 
-    @override
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if not self.exit_on_error or "JSONARGPARSE_DEBUG" in os.environ:  # it tries one type after the other
             super().error(message, ex)
@@ -102,11 +100,9 @@ class LookaheadCLI(LightningCLI):
         super().__init__(*args, **kwargs)
 
     @staticmethod
-    @override
     def subcommands() -> dict[str, set[str]]:
         return {**LightningCLI.subcommands(), "compare": {"model", "dataloaders", "datamodule"}}
 
-    @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(LookaheadCallback, "lookahead")
         parser.add_argument(
@@ -116,7 +112,6 @@ class LookaheadCLI(LightningCLI):
             help="Whether to train with Lookahead; false trains without.",
         )
 
-    @override
     def instantiate_classes(self) -> None:
         options = self._get(self.config, "lookahead")
         if options is None:
@@ -131,7 +126,6 @@ class LookaheadCLI(LightningCLI):
             super().instantiate_classes()
         options.enabled = enabled
 
-    @override
     def _parse_ckpt_path(self) -> None:
         self.parser.exit_on_error = False
         try:
@@ -144,7 +138,6 @@ class LookaheadCLI(LightningCLI):
         finally:
             self.parser.exit_on_error = True
 
-    @override
     def _run_subcommand(self, subcommand: str) -> None:
         with self._in_one_line():
             super()._run_subcommand(subcommand)

@@ -158,11 +158,13 @@ def _trained(trainer: Trainer, module: LightningModule) -> LookaheadCallback:
             raise ValueError(message)
     for callback in callbacks_of(trainer):
         if isinstance(callback, LookaheadCallback) and callback.slow_weights:
-            if not any(slow.sharded or slow.values("slow") for slow in callback.slow_weights):
+            if not any(slow.parameters.sharded or slow.values("slow") for slow in callback.slow_weights):
                 message = "There is one set of weights only: that fit has trained no parameter."
                 raise ValueError(message)
             own = set(module.parameters())
-            if any(slow.sharded or not own.isdisjoint(slow.values("slow")) for slow in callback.slow_weights):
+            if any(
+                slow.parameters.sharded or not own.isdisjoint(slow.values("slow")) for slow in callback.slow_weights
+            ):
                 if callback.others_loaded:
                     message = f"There is one set of weights only: {OTHERS_LOADED}"
                     raise ValueError(message)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from typing import TYPE_CHECKING, Any, Literal
 
-from lightning_lookahead._lightning import training_loss
+from lightning_lookahead._lightning import averages, has_class_named, training_loss
 from lightning_lookahead.evaluation.isolation import isolated
 from lightning_lookahead.outer_loop.adaptive import AdaptiveAlpha, TrainingLoss
+from lightning_lookahead.outer_loop.batch_norm import check_statistics
 from lightning_lookahead.trainer.checkpoint_hooks import CheckpointHooks
-from lightning_lookahead.trainer.outer_loops import OuterLoops
+from lightning_lookahead.trainer.outer_loops import OuterLoops, check_sharded_options
 from lightning_lookahead.trainer.validation_swap import ValidationSwap
 
 if TYPE_CHECKING:
@@ -46,14 +48,34 @@ class Fit:
         recalibrate: bool | int,  # noqa: FBT001
         monitor: InnerOuterMonitor | None,
     ) -> None:
-        self._settings, self._monitor = settings, monitor
+        self._settings, self._weights, self._recalibrate, self._monitor = settings, weights, recalibrate, monitor
         self._together = sync_optimizers == "together"
         self._step_hooks: list[Any] = []  # on the optimizers, under manual optimization
+        self._trainer: Trainer | None = None  # while training is under way
         self.loops = OuterLoops()
         self.swap = ValidationSwap(self.loops, weights, recalibrate)
         self.checkpoints = CheckpointHooks(key, told, self.loops, weights, self.swap, monitor)
 
-    def sync_in_steps(self, trainer: Trainer) -> None:
+    def start(
+        self, trainer: Trainer, pl_module: LightningModule, exclude: list[str], *, log_distance: bool, check_ranks: bool
+    ) -> None:
+        """Make the slow weights, and refuse what cannot be done with these optimizers and this strategy."""
+        optimizers = [own for own in trainer.optimizers if not has_class_named(own, ["_MockOptimizer"])]
+        if not optimizers:
+            warnings.warn("configure_optimizers gave no optimizer: there is nothing to look ahead with.", stacklevel=2)
+            return
+        options = {"module": trainer.strategy.model, "model_weights": self._weights, "measure_distance": log_distance}
+        self.loops.add(optimizers, self._settings, exclude, pl_module, **options)
+        if any(slow.parameters.sharded for slow in self.loops.slow_weights):
+            slow_device = self._settings.slow_device
+            check_sharded_options(log_distance=log_distance, check_ranks=check_ranks, slow_device=slow_device)
+        if self._recalibrate:
+            check_statistics(pl_module, "recalibrate_batch_norm")
+        if not pl_module.automatic_optimization:
+            self._sync_in_steps(trainer)
+        self.checkpoints.serve(trainer.strategy)
+
+    def _sync_in_steps(self, trainer: Trainer) -> None:
         """Sync right after the step that ends a cycle: under manual optimization a batch may have several."""
         if self._needs_loss:
             message = (
@@ -68,9 +90,10 @@ class Fit:
 
     def begin(self, trainer: Trainer) -> None:
         """Begin training, or go on with it."""
+        self._trainer = trainer
         for slow in self.loops.slow_weights:
             slow.swap_to("fast")
-            slow.begin()
+            slow.persistence.begin()
         if self._monitor is not None and self.loops.slow_weights:
             self._monitor.begin(trainer, self.loops.slow_weights[0])
         for slow in self.loops.slow_weights:  # a checkpoint may be of between the k-th step and its on_train_batch_end
@@ -98,36 +121,34 @@ class Fit:
             each.sync()
         self._record(trainer, due)
 
-    def sync_now(self, trainer: Trainer) -> None:
+    def sync_now(self) -> None:
         """Do the outer step of every optimizer."""
+        if self._trainer is None:
+            message = "sync_now() was called outside of a fit: there is nothing to sync."
+            raise RuntimeError(message)
         for slow in self.loops.counting:
             slow.sync()
-            self._record(trainer, [slow])
+            self._record(self._trainer, [slow])
 
     def _record(self, trainer: Trainer, synced: list[SlowWeights]) -> None:
         if self._monitor is not None and any(slow is self.loops.slow_weights[0] for slow in synced):
             self._monitor.after_sync(trainer, self.loops.slow_weights[0])
 
-    def end(self, trainer: Trainer, *, sync_unfinished: bool, leave: Weights | None) -> None:
-        """End training; it may be said twice.
-
-        Args:
-            trainer: The Trainer.
-            sync_unfinished: Whether to sync once more.
-            leave: The set that the module holds then; ``None``: an average that another callback has put there.
-        """
+    def end(self, trainer: Trainer, *, sync_unfinished: bool) -> None:
+        """End training, once more synced or not, with one set in the module or an average of another callback."""
         self.checkpoints.keep_loaded()
         for slow in self.loops.counting if sync_unfinished else ():
-            if slow.steps_since_sync:
+            if slow.cycles.steps_since_sync:
                 slow.sync(begun=True)
                 self._record(trainer, [slow])
         if self._monitor is not None and self.loops.counting:
             self._monitor.end(trainer)
-        if leave is not None:
-            self.loops.swap_to(leave)
+        averaged = averages(trainer)
+        if not averaged:
+            self.loops.swap_to(self._weights)
         self._stop()
         self.loops.follow()
-        if leave is None or not self.loops.left:  # what others load when training has ended is not what we left
+        if averaged or not self.loops.left:  # what others load when training has ended is not what we left
             self.loops.leave()
 
     def abort(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -139,8 +160,11 @@ class Fit:
         if self._monitor is not None:
             self._monitor.let_go()
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_trainer": None}
+
     def _stop(self) -> None:
         for hook in self._step_hooks:
             hook.remove()
-        self._step_hooks = []
+        self._step_hooks, self._trainer = [], None
         self.loops.close()

@@ -26,7 +26,7 @@ def state_dict_of_slow(
     Matches by storage and not by name, so that tied, compiled and renamed parameters need no care. ``None`` if that is
     not enough: if the weights are sharded, or if the ``state_dict`` leaves some out or computes from them.
     """
-    if any(slow.sharded for slow in slow_weights):
+    if any(slow.parameters.sharded for slow in slow_weights):
         return None
     state_dict = module_state_dict()
     pairs = [pair for slow in slow_weights if slow.active == "fast" for pair in slow.values("slow").items()]

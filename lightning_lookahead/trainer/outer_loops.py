@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from lightning_lookahead.outer_loop.inner_optimizer import check_optimizer
 from lightning_lookahead.outer_loop.names import names_in
 from lightning_lookahead.outer_loop.parameters import parameters_of
+from lightning_lookahead.outer_loop.saved_format import check_weights
 from lightning_lookahead.outer_loop.slow_weights import SlowWeights
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ class OuterLoops:
     @property
     def counting(self) -> list[SlowWeights]:
         """Those of a fit that is under way: none before it, after it or after an exception in it."""
-        return [slow for slow in self.slow_weights if slow.counting]
+        return [slow for slow in self.slow_weights if slow.inner_loop.watches]
 
     def due(self, slow: SlowWeights, *, together: bool) -> list[SlowWeights]:
         """Those that sync after a step of the optimizer of ``slow``: it, or all when all are due."""
@@ -110,6 +111,19 @@ class OuterLoops:
         for slow in self.slow_weights:
             slow.swap_to(slow.active)
 
+    def check_sets(self, weights: Weights) -> None:
+        """Raise if there are no two sets to use one of."""
+        check_weights(weights)
+        if not self.slow_weights:
+            message = (
+                "There is one set of weights only: use_weights() works from the start of a fit on, in the process that"
+                " trains (strategies that spawn or fork bring back phi alone)."
+            )
+            raise RuntimeError(message)
+        if self.others_loaded:
+            message = f"use_weights({weights!r}): {OTHERS_LOADED}"
+            raise RuntimeError(message)
+
     def close(self) -> None:
         """Stop counting; both sets stay."""
         for slow in self.slow_weights:
@@ -117,7 +131,7 @@ class OuterLoops:
 
     def leave(self) -> None:
         """Remember what the fit leaves in the module."""
-        self._left = [slow.fingerprint() for slow in self.slow_weights]
+        self._left = [slow.pairs.fingerprint(slow.parameters.module) for slow in self.slow_weights]
 
     @property
     def left(self) -> bool:
@@ -127,7 +141,10 @@ class OuterLoops:
     @property
     def others_loaded(self) -> bool:
         """Whether the module holds other weights than those that the fit has left in it: both sets are of that fit."""
-        return any(slow.fingerprint() != left for slow, left in zip(self.slow_weights, self._left, strict=False))
+        return any(
+            slow.pairs.fingerprint(slow.parameters.module) != left
+            for slow, left in zip(self.slow_weights, self._left, strict=False)
+        )
 
 
 def matching(patterns: list[str], pl_module: LightningModule) -> list[Tensor]:

@@ -58,7 +58,7 @@ def train(**place):
             with slow.use("slow"):
                 pass
         if step == 7:
-            held.append(slow.steps_since_sync)
+            held.append(slow.cycles.steps_since_sync)
     torch.cuda.synchronize()
     bytes_held = sum(v.numel() * v.element_size() for v in slow.values("slow").values() if v.is_cuda)
     weights = [p.detach().clone() for p in net.parameters()]

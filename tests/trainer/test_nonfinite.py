@@ -37,7 +37,7 @@ def test_restore_puts_the_weights_of_the_last_sync_back_and_training_goes_on():
     assert equal(both(callback, module)[0], reference(3)[1])
     assert equal(both(callback, module)[1], reference(3)[1])
     assert callback.slow_weights[0].syncs == 1
-    assert callback.slow_weights[0].steps_since_sync == 0
+    assert callback.slow_weights[0].cycles.steps_since_sync == 0
     with pytest.warns(UserWarning, match="no sync"):
         module, _ = fit(callback, Exploding(batches=12), max_steps=11)
     other = Regression()
@@ -64,7 +64,7 @@ def test_skip_leaves_both_sets_alone_and_waits_for_the_next_cycle():
     assert equal(phi, reference(3)[1])
     assert not all(value.isfinite().all() for value in theta)
     assert callback.slow_weights[0].syncs == 1
-    assert callback.slow_weights[0].steps_since_sync == 2
+    assert callback.slow_weights[0].cycles.steps_since_sync == 2
 
 
 def test_statistics_that_are_no_numbers_do_not_reach_the_slow_ones():

@@ -193,7 +193,7 @@ def test_a_finished_run_resumed_ends_with_the_same_weights(eval_weights):
     assert equal(module.weights(), phi if eval_weights == "slow" else theta)
     assert equal(both(callback, module)[0], theta)
     assert equal(both(callback, module)[1], phi)
-    assert not callback.slow_weights[0].counting
+    assert not callback.slow_weights[0].inner_loop.watches
 
 
 def test_a_fit_without_the_callback_saves_its_own_weights_although_the_strategy_knew_us():
