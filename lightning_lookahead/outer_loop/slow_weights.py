@@ -122,7 +122,7 @@ class SlowWeights:
         )
         self.optimizer = optimizer
         self.last_distance: Tensor | None = None
-        """How far theta and phi were apart just before the last sync, over all trained parameters; if measured."""
+        """Between theta and phi, all trained parameters together, just before the last sync; if it is measured."""
         self._measure_distance = measure_distance
         self.parameters = Parameters(optimizer, module)
         self.pairs = WeightPairs(optimizer, settings, exclude, shared)
@@ -131,8 +131,8 @@ class SlowWeights:
         self._momentum = Momentum(
             optimizer, pullback_momentum, sharded=self.parameters.sharded, restores=nonfinite == "restore"
         )
-        training_loss = TrainingLoss(loss) if loss is not None else None
-        self.alpha = Alpha(optimizer, settings, self.parameters, training_loss, comes_later=not sync_in_step)
+        its = TrainingLoss(loss) if loss is not None else None
+        self.alpha = Alpha(optimizer, settings, self.parameters, its, comes_later=not sync_in_step)
         self.persistence = Persistence(
             settings, self.parameters, self.pairs, self.cycles, self._momentum, self.statistics, model_weights
         )
@@ -153,11 +153,8 @@ class SlowWeights:
     def swap_to(self, weights: Weights, *, statistics: bool = True) -> None:
         """Let the parameters hold ``weights`` from now on, in place: `data_ptr` and `Parameter` stay.
 
-        Right after a sync both sets are one: what was written into the parameters since belongs to both.
-
-        Args:
-            weights: The set that they hold then.
-            statistics: Let the BatchNorm layers hold this set's statistics, too, if they have two.
+        Right after a sync both sets are one: what was written into the parameters since belongs to both. BatchNorm
+        layers that have two sets of ``statistics`` hold those of ``weights`` then, unless they are to stay.
         """
         check_weights(weights)
         self.persistence.place()
@@ -192,26 +189,22 @@ class SlowWeights:
     def state_dict(self, *, whole: bool = False) -> dict[str, Any]:
         """The set of weights that the model's own ``state_dict`` does not hold, by parameter name, and the counts.
 
-        Whatever the history, the same keys: `torch.distributed.checkpoint` can load into it.
-
         Args:
-            whole: Of sharded weights, gather whole tensors on the first rank, for a file that this rank writes alone,
-                as `Fabric.save` does with all that is neither module nor optimizer. By default each rank has its
-                shards, for `torch.distributed.checkpoint`; they cannot be pickled, as one rank's are not enough.
-                Either loads with any number of ranks.
+            whole: Of sharded weights, gather whole tensors on the first rank, which writes them alone, as `Fabric.save`
+                does. By default each rank has its shards, for `torch.distributed.checkpoint`, which always finds the
+                same keys; they cannot be pickled, as one rank's are not enough. Either loads with any number of ranks.
         """
         state = self.persistence.state_dict(whole=whole)
         return Shards(state) if self.parameters.sharded and not whole else state
 
     def load_state_dict(self, state_dict: dict[str, Any], model: Mapping[str, Any] | None = None) -> None:
-        """Go on where the saved one was; ``k`` and ``alpha`` stay as they were given, with a warning if they differ.
+        """Go on where the saved one was, with this one's settings, and a warning if they differ.
 
-        The weights take their places when they are first used, as the model may be loaded later.
+        The weights take their places when they are first used: the model may be loaded later.
 
         Args:
-            state_dict: What `state_dict` returned, with tensors of any number of ranks, whole or in shards.
-            model: The model's ``state_dict`` that was saved with it and has been loaded, if it is at hand: to compare
-                with, instead of with the parameters.
+            state_dict: What `state_dict` returned, on any number of ranks, whole or in shards.
+            model: The model's ``state_dict`` that was saved and loaded with it: to compare it with, if it is at hand.
 
         Raises:
             ValueError: If it is damaged or of another model; nothing is changed then.
@@ -246,15 +239,12 @@ class SlowWeights:
     def sync(self, *, begun: bool = False) -> None:
         """Do the outer step now: ``phi <- phi + alpha * (theta - phi)``, then ``theta <- phi``; starts a new cycle.
 
-        If groups have cycles of their own, those that have ended are synced, or all if none has. A parameter that had
-        no gradient in the steps of this optimizer since keeps its value, and phi takes it.
-
-        Args:
-            begun: Sync all cycles that have an inner step, and no others, as at the end of training.
+        If groups have cycles of their own, those that have ended are synced, or all if none has; with ``begun`` those
+        that have an inner step, as at the end of training. A parameter that had no gradient in the steps of this
+        optimizer since keeps its value, and phi takes it.
 
         Raises:
-            RuntimeError: If the parameters hold the slow weights, or if a fast weight is NaN or infinite and that is to
-                raise.
+            RuntimeError: If the parameters hold the slow weights, or if a fast weight is NaN or infinite.
         """
         if self.active == "slow":
             message = "sync() was called while the parameters hold the slow weights: leave use('slow') first."

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from lightning_lookahead.outer_loop.saved_format import Weights
     from lightning_lookahead.outer_loop.schedules import CycleLength, StepSize
     from lightning_lookahead.outer_loop.slow_weights import SlowWeights
+    from lightning_lookahead.trainer.outer_loops import OuterLoops
 
 UnfinishedCycle = Literal["drop", "sync"]
 
@@ -129,8 +130,8 @@ class LookaheadCallback(Callback):
             "exclude": self.exclude,
             "sync_optimizers": self.sync_optimizers,
         }
-        key, recalibrate = type(self).__name__, self.recalibrate_batch_norm
-        return Fit(key, self.settings, told, self.eval_weights, self.sync_optimizers, recalibrate, self.monitor)
+        options = self.eval_weights, self.sync_optimizers, self.recalibrate_batch_norm, self.monitor
+        return Fit(type(self).__name__, self.settings, told, *options)
 
     @property
     def slow_weights(self) -> list[SlowWeights]:
@@ -138,9 +139,9 @@ class LookaheadCallback(Callback):
         return self._fit.loops.slow_weights
 
     @property
-    def others_loaded(self) -> bool:
-        """Whether the module holds other weights than those that the fit has left in it."""
-        return self._fit.loops.others_loaded
+    def loops(self) -> OuterLoops:
+        """All of them together."""
+        return self._fit.loops
 
     # -- one fit
 
@@ -149,13 +150,13 @@ class LookaheadCallback(Callback):
         check_trainer(trainer)
         if stage != "fit":
             return
-        self._fit.loops.close()
+        self.loops.close()
         self._fit = self._new_fit()
         self._fit.checkpoints.await_checkpoint(trainer.strategy, pl_module)
         if self.monitor is not None:
             self.monitor.reset()
-        # So that every other callback finds the weights that validation and the end of training are about: pruning masks
-        # them, averaging replaces them.
+        # All others find the weights that validation and the end of training are about: pruning masks them, averaging
+        # replaces them.
         move_to_front(trainer, self)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -169,7 +170,7 @@ class LookaheadCallback(Callback):
         self._fit.checkpoints.begin_batch()
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        self._fit.loops.track_new(optimizer)  # a step that began before training_step may find some unfrozen there
+        self.loops.track_new(optimizer)  # a step that began before training_step may find some unfrozen there
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -219,8 +220,8 @@ class LookaheadCallback(Callback):
             ValueError: If ``weights`` is neither.
             RuntimeError: If this process has started no fit.
         """
-        self._fit.loops.check_sets(weights)
-        with self._fit.loops.use(weights):
+        self.loops.check_sets(weights)
+        with self.loops.use(weights):
             yield
 
     # -- what is saved, and what a copy has
@@ -241,9 +242,7 @@ class LookaheadCallback(Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         """Settings alone outside of a fit: libraries keep callbacks among hyperparameters. In a fit, all of it."""
-        left_out = (
-            {"log", "log_dict"} if self._fit.loops.counting else {"log", "log_dict", "_fit"}
-        )  # logs: the module's
+        left_out = {"log", "log_dict"} if self.loops.counting else {"log", "log_dict", "_fit"}  # logs: the module's
         return {name: value for name, value in vars(self).items() if name not in left_out}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -165,7 +165,7 @@ def _trained(trainer: Trainer, module: LightningModule) -> LookaheadCallback:
             if any(
                 slow.parameters.sharded or not own.isdisjoint(slow.values("slow")) for slow in callback.slow_weights
             ):
-                if callback.others_loaded:
+                if callback.loops.others_loaded:
                     message = f"There is one set of weights only: {OTHERS_LOADED}"
                     raise ValueError(message)
                 return callback
