@@ -65,7 +65,7 @@ class Alphas(Callback):
         self.values: list[float] = []
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        alpha = self.lookahead.slow_weights[0].last_alpha
+        alpha = self.lookahead.slow_weights[0].alpha.last
         if trainer.global_step % pl_module.settings.k == 0 and alpha is not None:  # None: every sync was left out
             self.values.append(round(alpha, 4))
 

@@ -74,7 +74,7 @@ class AdaptiveAlpha:
         >>> slow = SlowWeights(optimizer, k=1, alpha=AdaptiveAlpha("secant"), loss=loss)
         >>> loss().backward()
         >>> _ = optimizer.step()
-        >>> round(slow.last_alpha, 3)
+        >>> round(slow.alpha.last, 3)
         0.654
 
     Source: Zhang, Lucas, Hinton, Ba 2019, Proposition 1 and section 3.1, adaptive alpha.

@@ -11,6 +11,9 @@ from lightning_lookahead.outer_loop.momentum import state_names
 from lightning_lookahead.outer_loop.schedules import alpha_at
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
     from torch.optim import Optimizer
 
     from lightning_lookahead.outer_loop.cycles import Cycle
@@ -41,12 +44,12 @@ class Alpha:
         optimizer: Optimizer,
         settings: Settings,
         parameters: Parameters,
-        loss: TrainingLoss | None,
+        loss: Callable[[], Tensor] | None,
         *,
         comes_later: bool,
     ) -> None:
         self._optimizer, self._parameters = optimizer, parameters
-        self.loss = loss
+        self.loss = TrainingLoss(loss) if loss is not None else None
         self.last: float | None = None
         alpha = settings.alpha
         if not isinstance(alpha, AdaptiveAlpha):

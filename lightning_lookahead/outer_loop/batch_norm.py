@@ -13,6 +13,8 @@ from lightning_lookahead.outer_loop.tensors import copies, copy_, exchange_, not
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from lightning_lookahead.outer_loop.settings import Settings
+
 
 def statistics_of(module: nn.Module) -> list[Tensor]:
     """All buffers of the module's BatchNorm layers."""
@@ -29,16 +31,17 @@ def check_statistics(module: nn.Module | None, argument: str) -> None:
 
 
 class SlowStatistics:
-    """Slow running means and variances of a module's BatchNorm layers; none, where there is no module.
+    """Slow running means and variances of a module's BatchNorm layers; none, unless they are to sync.
 
     Counts of batches, which are integers, are left alone. The module's buffers are looked up at each use: Lightning
     puts others in their place when it moves the module.
     """
 
-    def __init__(self, module: nn.Module | None) -> None:
-        if module is not None:
+    def __init__(self, module: nn.Module | None, settings: Settings) -> None:
+        syncs = settings.buffers == "sync"
+        if syncs:
             check_statistics(module, "buffers='sync'")
-        self._module = module
+        self._module = module if syncs else None
         self._slow = copies(self.live)
 
     @property

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_lookahead._arguments import check_alpha, check_k
 from lightning_lookahead.outer_loop.cpu_buckets import CpuBuckets
+from lightning_lookahead.outer_loop.inner_steps import InnerSteps
 from lightning_lookahead.outer_loop.saved_format import GROUP_SETTINGS
 from lightning_lookahead.outer_loop.schedules import CycleLength, StepSize, k_at
 from lightning_lookahead.outer_loop.weight_pairs import Moving
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.optim import Optimizer
 
-    from lightning_lookahead.outer_loop.inner_steps import InnerSteps
+    from lightning_lookahead.outer_loop.parameters import Parameters
     from lightning_lookahead.outer_loop.settings import Settings
     from lightning_lookahead.outer_loop.weight_pairs import WeightPairs
 
@@ -69,11 +70,11 @@ class Cycles:
     Args:
         optimizer: The optimizer.
         settings: The ``k`` and ``alpha`` of groups that have none of their own, and when the first cycle begins.
-        steps: The inner steps that are counted.
+        parameters: What the inner steps move.
     """
 
-    def __init__(self, optimizer: Optimizer, settings: Settings, steps: InnerSteps) -> None:
-        self._optimizer, self.steps = optimizer, steps
+    def __init__(self, optimizer: Optimizer, settings: Settings, parameters: Parameters) -> None:
+        self._optimizer, self.steps = optimizer, InnerSteps(optimizer, parameters)
         self._k, self._alpha, self._start = settings.k, settings.alpha, settings.start_step
         self._by_settings: dict[tuple[Any, Any], Cycle] = {}
         self.update({})

@@ -6,8 +6,11 @@ import warnings
 from typing import TYPE_CHECKING
 
 from lightning_lookahead.outer_loop.sharding import any_rank
+from lightning_lookahead.outer_loop.tensors import copy_
 
 if TYPE_CHECKING:
+    from lightning_lookahead.outer_loop.batch_norm import SlowStatistics
+    from lightning_lookahead.outer_loop.momentum import Momentum
     from lightning_lookahead.outer_loop.parameters import Parameters
     from lightning_lookahead.outer_loop.settings import Nonfinite
     from lightning_lookahead.outer_loop.weight_pairs import Moving
@@ -40,3 +43,10 @@ def all_finite(moving: Moving, nonfinite: Nonfinite, parameters: Parameters) -> 
         raise RuntimeError(message)
     warnings.warn(f"Lookahead: {what}: nonfinite={nonfinite!r}, no sync.", stacklevel=4)
     return False
+
+
+def restore(moving: Moving, momentum: Momentum, statistics: SlowStatistics) -> None:
+    """Put everything back to where it was after the last sync, with the state of a new inner optimizer."""
+    copy_(moving.fast, moving.slow)
+    momentum.forget(moving.fast)  # what made the weights NaN or infinite is in there, too
+    statistics.restore()

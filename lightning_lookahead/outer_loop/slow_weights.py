@@ -5,22 +5,19 @@ from __future__ import annotations
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from lightning_lookahead.outer_loop.adaptive import TrainingLoss
 from lightning_lookahead.outer_loop.algorithm import outer_step
 from lightning_lookahead.outer_loop.alpha import Alpha
-from lightning_lookahead.outer_loop.batch_norm import SlowStatistics, check_statistics
+from lightning_lookahead.outer_loop.batch_norm import SlowStatistics
 from lightning_lookahead.outer_loop.cycles import Cycles
 from lightning_lookahead.outer_loop.inner_loop import InnerLoop
 from lightning_lookahead.outer_loop.inner_optimizer import check_optimizer
-from lightning_lookahead.outer_loop.inner_steps import InnerSteps
 from lightning_lookahead.outer_loop.momentum import Momentum
-from lightning_lookahead.outer_loop.nonfinite import all_finite
+from lightning_lookahead.outer_loop.nonfinite import all_finite, restore
 from lightning_lookahead.outer_loop.parameters import Parameters
 from lightning_lookahead.outer_loop.persistence import Persistence, Shards
 from lightning_lookahead.outer_loop.saved_format import check_weights
 from lightning_lookahead.outer_loop.schedules import CycleLength, StepSize, describe
 from lightning_lookahead.outer_loop.settings import Buffers, Nonfinite, Settings, warn_of_differences
-from lightning_lookahead.outer_loop.tensors import copy_
 from lightning_lookahead.outer_loop.weight_pairs import WeightPairs
 
 if TYPE_CHECKING:
@@ -31,7 +28,6 @@ if TYPE_CHECKING:
 
     from lightning_lookahead._arguments import PullbackMomentum
     from lightning_lookahead.outer_loop.saved_format import Weights
-    from lightning_lookahead.outer_loop.weight_pairs import Moving
 
 
 class SlowWeights:
@@ -63,8 +59,7 @@ class SlowWeights:
             its momentum as the weights, ``"reset"`` makes it that of a new optimizer.
         nonfinite: What a sync does if a fast weight is NaN or infinite: ``"raise"``, with phi as it was; ``"skip"``
             this sync; ``"restore"`` theta to phi, with the state of a new optimizer.
-        slow_dtype: Floating-point type of the slow weights; by default the parameters', but at least float32, so that
-            they keep progress that is too small for a parameter in bfloat16.
+        slow_dtype: Floating-point type of the slow weights; by default the parameters', but at least float32.
         slow_device: Device of the slow weights, ``"cpu"``, say; by default the parameters'.
         buffers: What a sync does to the running means and variances of ``module``'s BatchNorm layers: ``"keep"`` leaves
             them alone, ``"sync"`` moves them as the weights.
@@ -74,8 +69,8 @@ class SlowWeights:
 
     Raises:
         TypeError: If ``optimizer`` is not a torch optimizer.
-        ValueError: If ``k`` or ``alpha`` is out of range, the optimizer has parameters without values, has slow weights
-            already, or contains Lookahead itself; if a mode is unknown or would do nothing.
+        ValueError: If an option is out of range or would do nothing, or if the optimizer has slow weights already,
+            contains Lookahead, or has parameters without values.
 
     Example:
         >>> import torch, warnings
@@ -115,8 +110,6 @@ class SlowWeights:
         check_optimizer(optimizer)
         if model_weights is not None:
             check_weights(model_weights, "model_weights")
-        if buffers == "sync":
-            check_statistics(module, "buffers='sync'")
         self.settings = settings = Settings(
             k, alpha, start_step, pullback_momentum, nonfinite, slow_dtype, slow_device, buffers
         )
@@ -126,13 +119,12 @@ class SlowWeights:
         self._measure_distance = measure_distance
         self.parameters = Parameters(optimizer, module)
         self.pairs = WeightPairs(optimizer, settings, exclude, shared)
-        self.cycles = Cycles(optimizer, settings, InnerSteps(optimizer, self.parameters))
-        self.statistics = SlowStatistics(module if buffers == "sync" else None)
+        self.cycles = Cycles(optimizer, settings, self.parameters)
+        self.statistics = SlowStatistics(module, settings)
         self._momentum = Momentum(
             optimizer, pullback_momentum, sharded=self.parameters.sharded, restores=nonfinite == "restore"
         )
-        its = TrainingLoss(loss) if loss is not None else None
-        self.alpha = Alpha(optimizer, settings, self.parameters, its, comes_later=not sync_in_step)
+        self.alpha = Alpha(optimizer, settings, self.parameters, loss, comes_later=not sync_in_step)
         self.persistence = Persistence(
             settings, self.parameters, self.pairs, self.cycles, self._momentum, self.statistics, model_weights
         )
@@ -142,8 +134,6 @@ class SlowWeights:
     def __repr__(self) -> str:
         settings = f"k={describe(self.settings.k)}, alpha={describe(self.settings.alpha)}"
         return f"SlowWeights({type(self.optimizer).__name__}, {settings}, syncs={self.syncs})"
-
-    # -- either set
 
     @property
     def active(self) -> Weights:
@@ -184,8 +174,6 @@ class SlowWeights:
         self.persistence.place()
         return self.pairs.values(weights)
 
-    # -- saving and restoring
-
     def state_dict(self, *, whole: bool = False) -> dict[str, Any]:
         """The set of weights that the model's own ``state_dict`` does not hold, by parameter name, and the counts.
 
@@ -212,8 +200,6 @@ class SlowWeights:
         self.persistence.load_state_dict(state_dict, model)
         warn_of_differences(state_dict, self.settings.saved())
 
-    # -- counting
-
     @property
     def steps(self) -> int:
         """Inner steps taken so far. May read one number from the device if a fused optimizer and a scaler are used."""
@@ -225,16 +211,9 @@ class SlowWeights:
         return self.cycles.first.syncs
 
     @property
-    def last_alpha(self) -> float | None:
-        """The step size of the last sync."""
-        return self.alpha.last
-
-    @property
     def due(self) -> bool:
         """Whether a cycle has ended, ``k`` inner steps after it began; reads the device only if it may have."""
         return bool(self.cycles.ended())
-
-    # -- the outer step
 
     def sync(self, *, begun: bool = False) -> None:
         """Do the outer step now: ``phi <- phi + alpha * (theta - phi)``, then ``theta <- phi``; starts a new cycle.
@@ -265,15 +244,10 @@ class SlowWeights:
                     self.statistics.sync(alpha)
                 cycle.syncs += 1
             elif self.settings.nonfinite == "restore":
-                self._restore(cycle.moving)
+                restore(cycle.moving, self._momentum, self.statistics)
             self.pairs.join(cycle.still)
             self.cycles.begin_next(cycle)
             self.pairs.idle.update(dict.fromkeys(cycle.weights))
-
-    def _restore(self, moving: Moving) -> None:
-        copy_(moving.fast, moving.slow)
-        self._momentum.forget(moving.fast)  # what made the weights NaN or infinite is in there, too
-        self.statistics.restore()
 
     def close(self) -> None:
         """Let go of the optimizer: stop counting and syncing. Both sets of weights stay here."""

@@ -18,8 +18,8 @@ def figures(slow_weights: Sequence[SlowWeights], *, syncs: bool) -> dict[str, fl
         if syncs:
             own["syncs"] = float(slow.syncs)
             varies = not isinstance(slow.settings.alpha, (int, float)) or len(slow.cycles) > 1
-            if slow.last_alpha is not None and varies:
-                own["alpha"] = slow.last_alpha
+            if slow.alpha.last is not None and varies:
+                own["alpha"] = slow.alpha.last
         if slow.last_distance is not None:
             own["distance"] = float(slow.last_distance)
         suffix = f"/{index}" if len(slow_weights) > 1 else ""

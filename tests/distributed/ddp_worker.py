@@ -53,7 +53,7 @@ def agree_and_issue_no_collective():
     for curvature in ("secant", "hvp"):  # each rank has a loss of its own, and all have to go the same way
         adaptive = LookaheadCallback(k=3, alpha=AdaptiveAlpha(curvature), pullback_momentum="pullback")
         make_trainer(adaptive, Agreeing(adaptive), max_steps=8, strategy="ddp", devices=2).fit(Ranked())
-        agree([torch.tensor(adaptive.slow_weights[0].last_alpha)])
+        agree([torch.tensor(adaptive.slow_weights[0].alpha.last)])
         assert adaptive.slow_weights[0].syncs == 2
     callback, counting, module = LookaheadCallback(k=3, log_distance=True), Counting(), Ranked()
     trainer = make_trainer(

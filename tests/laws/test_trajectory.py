@@ -14,7 +14,7 @@ def test_a_fit_is_that_of_a_naive_callback(name):
 
     def note(trainer, _):
         (slow,) = trainer.callbacks[0].slow_weights
-        alphas.extend([slow.last_alpha] if slow.syncs > len(alphas) else [])
+        alphas.extend([slow.alpha.last] if slow.syncs > len(alphas) else [])
 
     adaptive = isinstance(CASES[name].options.get("alpha"), AdaptiveAlpha)  # the naive one takes what was found
     ours = lookahead(name, *([At(note)] if adaptive else []))

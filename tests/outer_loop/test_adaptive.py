@@ -52,9 +52,9 @@ def test_on_a_quadratic_it_is_the_optimum_of_proposition_1(seed, curvature):
             bowl.descend(optimizer)
             twin.descend(plain)
         alpha = min(max(twin.optimal(start, twin.weight.detach()), 1e-6), 1.0)
-        assert slow.last_alpha == pytest.approx(alpha, rel=1e-9)
+        assert slow.alpha.last == pytest.approx(alpha, rel=1e-9)
         with torch.no_grad():
-            twin.weight.copy_(start.lerp(twin.weight, slow.last_alpha))
+            twin.weight.copy_(start.lerp(twin.weight, slow.alpha.last))
         assert torch.equal(bowl.weight, twin.weight)
 
 
@@ -65,7 +65,7 @@ def test_the_bounds_hold(curvature):
         optimizer = torch.optim.SGD([bowl.weight], lr=rate)
         slow = SlowWeights(optimizer, 1, AdaptiveAlpha(curvature, alpha_low=0.25), loss=bowl.loss)
         bowl.descend(optimizer)
-        assert slow.last_alpha == expected
+        assert slow.alpha.last == expected
 
 
 @pytest.mark.parametrize("uphill", [False, True])
@@ -76,7 +76,7 @@ def test_where_the_loss_is_not_curved_upwards_the_way_it_falls_decides(curvature
     slow = SlowWeights(optimizer, 1, AdaptiveAlpha(curvature, 0.3), loss=lambda: -(weight**2).sum())
     (-(weight**2).sum()).backward()
     optimizer.step()
-    assert slow.last_alpha == (0.3 if uphill else 1.0)
+    assert slow.alpha.last == (0.3 if uphill else 1.0)
 
 
 @pytest.mark.parametrize("optimizer_class", [torch.optim.Adam, torch.optim.RMSprop, torch.optim.Adagrad])
@@ -106,7 +106,7 @@ def test_second_moments_of_the_optimizer_are_the_curvature(optimizer_class, curv
     }[optimizer_class]
     second = second.sqrt() if curvature == "sqrt_fisher" else second
     expected = 1 - (bowl.weight.grad @ way / (way @ (second * way))).item()
-    assert slow.last_alpha == pytest.approx(min(max(expected, 1e-9), 1.0), rel=1e-9)
+    assert slow.alpha.last == pytest.approx(min(max(expected, 1e-9), 1.0), rel=1e-9)
 
 
 def test_a_parameter_that_the_loss_does_not_reach_counts_as_flat():
@@ -116,7 +116,7 @@ def test_a_parameter_that_the_loss_does_not_reach_counts_as_flat():
     start = bowl.weight.detach().clone()
     bowl.descend(optimizer)
     end = start - 0.05 * (bowl.A @ start - bowl.b)
-    assert slow.last_alpha == pytest.approx(min(bowl.optimal(start, end), 1.0), rel=1e-9)
+    assert slow.alpha.last == pytest.approx(min(bowl.optimal(start, end), 1.0), rel=1e-9)
 
 
 # -- in a Trainer
@@ -202,7 +202,7 @@ def test_with_groups_it_is_the_optimum_along_each_group_s_way(curvature):
     way = -0.3 * gradient
     gradient_there = (bowl.A @ torch.cat([start + way, second.detach()]) - bowl.b)[:2]
     expected = 1 - (gradient_there @ way / (way @ bowl.A[:2, :2] @ way)).item()
-    assert slow.last_alpha == pytest.approx(min(max(expected, 1e-6), 1.0), rel=1e-9)
+    assert slow.alpha.last == pytest.approx(min(max(expected, 1e-6), 1.0), rel=1e-9)
 
 
 def test_a_loss_that_is_linear_and_a_group_that_is_frozen_are_no_trouble():
@@ -214,7 +214,7 @@ def test_a_loss_that_is_linear_and_a_group_that_is_frozen_are_no_trouble():
         optimizer.zero_grad()
         weight.sum().backward()
         optimizer.step()
-    assert slow.last_alpha == 1.0
+    assert slow.alpha.last == 1.0
     assert slow.syncs == 4
 
 
@@ -238,4 +238,4 @@ def test_a_batch_whose_training_step_returned_none_has_no_loss_to_estimate_from(
 
     callback = LookaheadCallback(k=20, alpha=AdaptiveAlpha("secant", alpha_low=0.3))
     make_trainer(callback, Syncs(), max_steps=6).fit(Skips(batches=9))
-    assert callback.slow_weights[0].last_alpha == 0.3
+    assert callback.slow_weights[0].alpha.last == 0.3

@@ -38,7 +38,7 @@ def test_alpha_follows_its_schedule(alpha, alphas):
     used = []
     for index in range(13):
         problem.step(index)
-        used += [slow.last_alpha] if slow.syncs > len(used) else []
+        used += [slow.alpha.last] if slow.syncs > len(used) else []
     assert used == pytest.approx(alphas)
     theta, phi = by_hand(used, [3] * 5, 13)
     assert equal(problem.parameters, theta)
