@@ -10,34 +10,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from lightning_lookahead.checkpointing import load_weights, newest_checkpoint
-    from lightning_lookahead.evaluation.monitor import InnerOuterMonitor
-    from lightning_lookahead.evaluation.plotting import plot_inner_outer
-    from lightning_lookahead.evaluation.records import InnerLoop, Record, inner_loops
-    from lightning_lookahead.outer_loop.adaptive import AdaptiveAlpha
-    from lightning_lookahead.outer_loop.schedules import Cosine, Linear
-    from lightning_lookahead.outer_loop.slow_weights import SlowWeights
-    from lightning_lookahead.trainer.callback import LookaheadCallback
-    from lightning_lookahead.trainer.cli import LookaheadCLI
-    from lightning_lookahead.trainer.comparison import Comparison, compare_weights
-
-__all__ = [
-    "AdaptiveAlpha",
-    "Comparison",
-    "Cosine",
-    "InnerLoop",
-    "InnerOuterMonitor",
-    "Linear",
-    "LookaheadCLI",
-    "LookaheadCallback",
-    "Record",
-    "SlowWeights",
-    "compare_weights",
-    "inner_loops",
-    "load_weights",
-    "newest_checkpoint",
-    "plot_inner_outer",
-]
+    from .checkpointing import load_weights as load_weights, newest_checkpoint as newest_checkpoint
+    from .evaluation.monitor import InnerOuterMonitor as InnerOuterMonitor
+    from .evaluation.plotting import plot_inner_outer as plot_inner_outer
+    from .evaluation.records import InnerLoop as InnerLoop, Record as Record, inner_loops as inner_loops
+    from .outer_loop.adaptive import AdaptiveAlpha as AdaptiveAlpha
+    from .outer_loop.schedules import Cosine as Cosine, Linear as Linear
+    from .outer_loop.slow_weights import SlowWeights as SlowWeights
+    from .trainer.callback import LookaheadCallback as LookaheadCallback
+    from .trainer.cli import LookaheadCLI as LookaheadCLI
+    from .trainer.comparison import Comparison as Comparison, compare_weights as compare_weights
 
 _NAMES = {
     "checkpointing": "load_weights newest_checkpoint",
@@ -52,6 +34,7 @@ _NAMES = {
     "trainer.comparison": "Comparison compare_weights",
 }
 _MODULES = {name: module for module, names in _NAMES.items() for name in names.split()}
+__all__ = sorted(_MODULES)  # noqa: PLE0605 (a list of names)
 
 
 def __getattr__(name: str) -> object:

@@ -14,19 +14,11 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as load_shards
 
-from lightning_lookahead.outer_loop.names import bare
-from lightning_lookahead.outer_loop.saved_format import (
-    SHARDS,
-    Weights,
-    check_saved,
-    check_weights,
-    slow_dtype,
-    upgrade,
-    without_words,
-)
-from lightning_lookahead.outer_loop.settings import dtype_of
-from lightning_lookahead.outer_loop.shards import KEY, listed
-from lightning_lookahead.outer_loop.tensors import checksum
+from .outer_loop.names import bare
+from .outer_loop.saved_format import SHARDS, Weights, check_saved, check_weights, slow_dtype, upgrade, without_words
+from .outer_loop.settings import dtype_of
+from .outer_loop.shards import KEY, listed
+from .outer_loop.tensors import checksum
 
 if TYPE_CHECKING:
     import os

@@ -13,9 +13,10 @@ from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_lookahead._lightning import root_of, unlogged
-from lightning_lookahead.evaluation.batches import stage
-from lightning_lookahead.evaluation.isolation import isolated
 from lightning_lookahead.outer_loop.sharding import entry, reshard
+
+from .batches import stage
+from .isolation import isolated
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torchmetrics import Metric
 
-from lightning_lookahead.evaluation import sinks
-from lightning_lookahead.evaluation.batches import Given, check_repeatable, held_out, ready, stage
-from lightning_lookahead.evaluation.isolation import isolated
-from lightning_lookahead.evaluation.measure import Evaluation, classify
-from lightning_lookahead.evaluation.records import Record
-from lightning_lookahead.evaluation.window import Window
+from . import sinks
+from .batches import Given, check_repeatable, held_out, ready, stage
+from .isolation import isolated
+from .measure import Evaluation, classify
+from .records import Record
+from .window import Window
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable

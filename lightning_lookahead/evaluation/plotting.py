@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from lightning_lookahead.evaluation.records import Record
+    from .records import Record
 
 
 def plot_inner_outer(history: Iterable[Record], *, name: str = "accuracy") -> Figure:

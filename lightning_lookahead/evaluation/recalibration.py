@@ -11,11 +11,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import update_bn
 
 from lightning_lookahead._lightning import root_of
-from lightning_lookahead.evaluation.batches import Given, check_repeatable, for_training, ready, stage
-from lightning_lookahead.evaluation.isolation import isolated
 from lightning_lookahead.outer_loop.batch_norm import check_statistics, statistics_of
 from lightning_lookahead.outer_loop.sharding import entry, reshard
 from lightning_lookahead.outer_loop.tensors import copies, copy_
+
+from .batches import Given, check_repeatable, for_training, ready, stage
+from .isolation import isolated
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lightning_lookahead._lightning import has_class_named
-from lightning_lookahead.evaluation.records import Record
+
+from .records import Record
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -52,7 +53,7 @@ def draw(trainer: Trainer, records: Sequence[Record], name: str) -> None:
     if not loggers or not records or not trainer.is_global_zero:
         return
     try:
-        from lightning_lookahead.evaluation.plotting import plot_inner_outer  # noqa: PLC0415 (matplotlib is optional)
+        from .plotting import plot_inner_outer  # noqa: PLC0415 (matplotlib is optional)
 
         figure = plot_inner_outer(records, name=name)
     except ImportError:

@@ -10,7 +10,8 @@ import torch
 from torch import distributed
 
 from lightning_lookahead._arguments import check_alpha, check_choice
-from lightning_lookahead.outer_loop.tensors import copies, copy_
+
+from .tensors import copies, copy_
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

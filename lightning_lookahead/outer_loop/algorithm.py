@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lightning_lookahead.outer_loop.tensors import copy_, interpolate_
+from .tensors import copy_, interpolate_
 
 if TYPE_CHECKING:
     from collections.abc import Collection
 
     from torch import Tensor
 
-    from lightning_lookahead.outer_loop.cpu_buckets import CpuBuckets
+    from .cpu_buckets import CpuBuckets
 
 
 @torch.no_grad()

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 
 from torch.nn.parallel import DistributedDataParallel
 
-from lightning_lookahead.outer_loop.adaptive import AdaptiveAlpha, TrainingLoss
-from lightning_lookahead.outer_loop.momentum import state_names
-from lightning_lookahead.outer_loop.schedules import alpha_at
+from .adaptive import AdaptiveAlpha, TrainingLoss
+from .momentum import state_names
+from .schedules import alpha_at
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.optim import Optimizer
 
-    from lightning_lookahead.outer_loop.cycles import Cycle
-    from lightning_lookahead.outer_loop.parameters import Parameters
-    from lightning_lookahead.outer_loop.settings import Settings
+    from .cycles import Cycle
+    from .parameters import Parameters
+    from .settings import Settings
 
 
 class Alpha:

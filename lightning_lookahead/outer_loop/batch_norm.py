@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING
 
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_lookahead.outer_loop.algorithm import outer_step
-from lightning_lookahead.outer_loop.names import bare, unwrapped
-from lightning_lookahead.outer_loop.tensors import copies, copy_, exchange_, not_finite
+from .algorithm import outer_step
+from .names import bare, unwrapped
+from .tensors import copies, copy_, exchange_, not_finite
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from lightning_lookahead.outer_loop.settings import Settings
+    from .settings import Settings
 
 
 def statistics_of(module: nn.Module) -> list[Tensor]:

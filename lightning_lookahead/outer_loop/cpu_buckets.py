@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.distributed.tensor import DTensor
 
-from lightning_lookahead.outer_loop.tensors import copy_, interpolate_, not_finite, seem_finite
+from .tensors import copy_, interpolate_, not_finite, seem_finite
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

@@ -8,11 +8,12 @@ from itertools import chain, repeat
 from typing import TYPE_CHECKING, Any
 
 from lightning_lookahead._arguments import check_alpha, check_k
-from lightning_lookahead.outer_loop.cpu_buckets import CpuBuckets
-from lightning_lookahead.outer_loop.inner_steps import InnerSteps
-from lightning_lookahead.outer_loop.saved_format import GROUP_SETTINGS
-from lightning_lookahead.outer_loop.schedules import CycleLength, StepSize, k_at
-from lightning_lookahead.outer_loop.weight_pairs import Moving
+
+from .cpu_buckets import CpuBuckets
+from .inner_steps import InnerSteps
+from .saved_format import GROUP_SETTINGS
+from .schedules import CycleLength, StepSize, k_at
+from .weight_pairs import Moving
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator
@@ -20,9 +21,9 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.optim import Optimizer
 
-    from lightning_lookahead.outer_loop.parameters import Parameters
-    from lightning_lookahead.outer_loop.settings import Settings
-    from lightning_lookahead.outer_loop.weight_pairs import WeightPairs
+    from .parameters import Parameters
+    from .settings import Settings
+    from .weight_pairs import WeightPairs
 
 
 class Cycle:

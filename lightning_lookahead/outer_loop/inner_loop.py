@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from lightning_lookahead.outer_loop.cycles import KeptSettings
-from lightning_lookahead.outer_loop.inner_steps import is_rehearsal
-from lightning_lookahead.outer_loop.names import unwrapped
-from lightning_lookahead.outer_loop.persistence import WhenLoaded
+from .cycles import KeptSettings
+from .inner_steps import is_rehearsal
+from .names import unwrapped
+from .persistence import WhenLoaded
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -15,10 +15,10 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.optim import Optimizer
 
-    from lightning_lookahead.outer_loop.cycles import Cycles
-    from lightning_lookahead.outer_loop.persistence import Persistence
-    from lightning_lookahead.outer_loop.settings import Settings
-    from lightning_lookahead.outer_loop.weight_pairs import WeightPairs
+    from .cycles import Cycles
+    from .persistence import Persistence
+    from .settings import Settings
+    from .weight_pairs import WeightPairs
 
 
 class InnerLoop:

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from lightning_lookahead.outer_loop.sharding import BackwardSeen
+from .sharding import BackwardSeen
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
-    from lightning_lookahead.outer_loop.parameters import Parameters
+    from .parameters import Parameters
 
 
 def is_rehearsal(optimizer: Optimizer) -> bool:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from lightning_lookahead.outer_loop.algorithm import outer_step
-from lightning_lookahead.outer_loop.inner_optimizer import inside_of
+from .algorithm import outer_step
+from .inner_optimizer import inside_of
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 FIRST_MOMENTS = ("momentum_buffer", "exp_avg")
 """What optimizers call the moving average of the gradient."""
+
+_PROBED = {"capturable": False, "fused": None, "foreach": None}
+"""Settings with which an optimizer of the same class steps on the CPU, to find out what it keeps."""
 
 
 class Momentum:
@@ -174,18 +177,17 @@ def check_start_anew(optimizer: Optimizer, group: dict[str, Any], what: str) -> 
 
 
 def _starts_anew(optimizer: Optimizer, group: dict[str, Any]) -> bool:
-    settings = {**group, "capturable": False, "fused": None, "foreach": None}
     start = torch.linspace(0.5, 1.5, 4).view(2, 2)
     gradients = [torch.linspace(-1.0, 2.0, 4).view(2, 2) * factor for factor in (1.0, -0.7, 0.4)]
     with torch.random.fork_rng(devices=[]):
         try:
             used, new = nn.Parameter(start.clone()), nn.Parameter(start.clone())
-            probe = _new(optimizer, settings, used)
+            probe = _new(optimizer, {**group, **_PROBED}, used)
             _step(probe, used, gradients)
             with torch.no_grad():
                 used.copy_(start)
             _start_anew(probe.state[used], probe.param_groups[0], used, begins_as_weights(optimizer, group))
-            fresh = _new(optimizer, settings, new)
+            fresh = _new(optimizer, {**group, **_PROBED}, new)
             for target, parameter in ((probe, used), (fresh, new)):
                 torch.manual_seed(0)
                 _step(target, parameter, gradients[1:])
@@ -209,9 +211,7 @@ def begins_as_weights(optimizer: Optimizer, group: dict[str, Any]) -> set[str]:
     start = parameter.detach().clone()
     with torch.random.fork_rng(devices=[]):
         try:
-            probe = _new(
-                optimizer, {**group, "lr": 0.0, "capturable": False, "fused": None, "foreach": None}, parameter
-            )
+            probe = _new(optimizer, {**group, **_PROBED, "lr": 0.0}, parameter)
             _step(probe, parameter, [torch.zeros(2, 2)])
         except Exception:  # noqa: BLE001 (a class that is made in another way)
             return set()
@@ -244,7 +244,7 @@ def state_names(optimizer: Optimizer, group: dict[str, Any]) -> set[str]:
     sparse = type(optimizer).__name__ == "SparseAdam"
     parameter.grad = torch.zeros(2, 2).to_sparse() if sparse else torch.zeros(2, 2)
     try:
-        probe = _new(optimizer, {**group, "capturable": False, "fused": None, "foreach": None}, parameter)
+        probe = _new(optimizer, {**group, **_PROBED}, parameter)
         probe.step(lambda: 0.0)
         own = dict(probe.state[parameter])
     except Exception:  # noqa: BLE001 (a class that is made in another way: believe what was asked for)

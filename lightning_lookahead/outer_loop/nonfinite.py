@@ -5,15 +5,15 @@ from __future__ import annotations
 import warnings
 from typing import TYPE_CHECKING
 
-from lightning_lookahead.outer_loop.sharding import any_rank
-from lightning_lookahead.outer_loop.tensors import copy_
+from .sharding import any_rank
+from .tensors import copy_
 
 if TYPE_CHECKING:
-    from lightning_lookahead.outer_loop.batch_norm import SlowStatistics
-    from lightning_lookahead.outer_loop.momentum import Momentum
-    from lightning_lookahead.outer_loop.parameters import Parameters
-    from lightning_lookahead.outer_loop.settings import Nonfinite
-    from lightning_lookahead.outer_loop.weight_pairs import Moving
+    from .batch_norm import SlowStatistics
+    from .momentum import Momentum
+    from .parameters import Parameters
+    from .settings import Nonfinite
+    from .weight_pairs import Moving
 
 
 def all_finite(moving: Moving, nonfinite: Nonfinite, parameters: Parameters) -> bool:

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 from torch.nn.parameter import is_lazy
 
-from lightning_lookahead.outer_loop.names import names_in
-from lightning_lookahead.outer_loop.sharding import is_sharded, reshard
+from .names import names_in
+from .sharding import is_sharded, reshard
 
 if TYPE_CHECKING:
     import torch

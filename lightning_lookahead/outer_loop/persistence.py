@@ -10,34 +10,35 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lightning_lookahead.outer_loop.names import names_in
-from lightning_lookahead.outer_loop.saved_format import (
+from .names import names_in
+from .saved_format import (
     OTHER,
     Weights,
     check_entries,
     check_state,
     check_sums,
+    check_weights,
     joined,
     slow_dtype,
     without_words,
     word_key,
     words,
 )
-from lightning_lookahead.outer_loop.settings import dtype_of
-from lightning_lookahead.outer_loop.sharding import named_shards, pieces
-from lightning_lookahead.outer_loop.tensors import checksum, copies, copy_, equal, local
+from .settings import dtype_of
+from .sharding import named_shards, pieces
+from .tensors import checksum, copies, copy_, equal, local
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
     from torch import Tensor, nn
 
-    from lightning_lookahead.outer_loop.batch_norm import SlowStatistics
-    from lightning_lookahead.outer_loop.cycles import Cycles
-    from lightning_lookahead.outer_loop.momentum import Momentum
-    from lightning_lookahead.outer_loop.parameters import Parameters
-    from lightning_lookahead.outer_loop.settings import Settings
-    from lightning_lookahead.outer_loop.weight_pairs import WeightPairs
+    from .batch_norm import SlowStatistics
+    from .cycles import Cycles
+    from .momentum import Momentum
+    from .parameters import Parameters
+    from .settings import Settings
+    from .weight_pairs import WeightPairs
 
 
 Entries = dict[str, dict["Tensor", "Tensor"]]
@@ -122,6 +123,8 @@ class Persistence:
         statistics: SlowStatistics,
         model_weights: Weights | None,
     ) -> None:
+        if model_weights is not None:
+            check_weights(model_weights, "model_weights")
         self.pending: Pending | None = None
         self._settings, self._parameters, self._pairs, self._cycles = settings, parameters, pairs, cycles
         self._momentum, self._statistics, self._model_weights = momentum, statistics, model_weights

@@ -35,8 +35,8 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 
-from lightning_lookahead.outer_loop.settings import dtype_of
-from lightning_lookahead.outer_loop.tensors import checksum
+from .settings import dtype_of
+from .tensors import checksum
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

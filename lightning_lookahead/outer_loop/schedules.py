@@ -7,7 +7,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 from lightning_lookahead._arguments import check_alpha, check_k
-from lightning_lookahead.outer_loop.adaptive import AdaptiveAlpha
+
+from .adaptive import AdaptiveAlpha
 
 StepSize = float | Callable[[int], float] | AdaptiveAlpha
 """alpha, a function that gives it, of the number of syncs done, or a way to estimate it."""

@@ -9,13 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 
 from lightning_lookahead._arguments import PullbackMomentum, check_choice
-from lightning_lookahead.outer_loop.schedules import (
-    CycleLength,
-    StepSize,
-    check_cycle_length,
-    check_step_size,
-    describe,
-)
+
+from .schedules import CycleLength, StepSize, check_cycle_length, check_step_size, describe
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -15,8 +15,8 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.fsdp._runtime_utils import _reshard
 from torch.distributed.tensor import DTensor
 
-from lightning_lookahead.outer_loop.names import bare, names_in, unwrapped
-from lightning_lookahead.outer_loop.tensors import copies, copy_, exchange_, local
+from .names import bare, names_in, unwrapped
+from .tensors import copies, copy_, exchange_, local
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping

@@ -9,13 +9,13 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 
-from lightning_lookahead.outer_loop.saved_format import SHARDS, TENSORS
+from .saved_format import SHARDS, TENSORS
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Sequence
 
-    from lightning_lookahead.outer_loop.slow_weights import SlowWeights
+    from .slow_weights import SlowWeights
 
 KEY = ("optimizer_0", SHARDS)
 """Where Lightning's sharded strategies write the state of the first optimizer, and we in it."""

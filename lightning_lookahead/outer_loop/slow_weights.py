@@ -5,20 +5,19 @@ from __future__ import annotations
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from lightning_lookahead.outer_loop.algorithm import outer_step
-from lightning_lookahead.outer_loop.alpha import Alpha
-from lightning_lookahead.outer_loop.batch_norm import SlowStatistics
-from lightning_lookahead.outer_loop.cycles import Cycles
-from lightning_lookahead.outer_loop.inner_loop import InnerLoop
-from lightning_lookahead.outer_loop.inner_optimizer import check_optimizer
-from lightning_lookahead.outer_loop.momentum import Momentum
-from lightning_lookahead.outer_loop.nonfinite import all_finite, restore
-from lightning_lookahead.outer_loop.parameters import Parameters
-from lightning_lookahead.outer_loop.persistence import Persistence, Shards
-from lightning_lookahead.outer_loop.saved_format import check_weights
-from lightning_lookahead.outer_loop.schedules import CycleLength, StepSize, describe
-from lightning_lookahead.outer_loop.settings import Buffers, Nonfinite, Settings, warn_of_differences
-from lightning_lookahead.outer_loop.weight_pairs import WeightPairs
+from .algorithm import outer_step
+from .alpha import Alpha
+from .batch_norm import SlowStatistics
+from .cycles import Cycles
+from .inner_loop import InnerLoop
+from .inner_optimizer import check_optimizer
+from .momentum import Momentum
+from .nonfinite import all_finite, restore
+from .parameters import Parameters
+from .persistence import Persistence, Shards
+from .schedules import CycleLength, StepSize, describe
+from .settings import Buffers, Nonfinite, Settings, warn_of_differences
+from .weight_pairs import WeightPairs
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -27,7 +26,8 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from lightning_lookahead._arguments import PullbackMomentum
-    from lightning_lookahead.outer_loop.saved_format import Weights
+
+    from .saved_format import Weights
 
 
 class SlowWeights:
@@ -63,9 +63,8 @@ class SlowWeights:
         slow_device: Device of the slow weights, ``"cpu"``, say; by default the parameters'.
         buffers: What a sync does to the running means and variances of ``module``'s BatchNorm layers: ``"keep"`` leaves
             them alone, ``"sync"`` moves them as the weights.
-        loss: A function that computes the training loss at the weights that the parameters hold, for an
-            `AdaptiveAlpha` that needs it.
-        measure_distance: Keep the distance between theta and phi just before each sync in `last_distance`.
+        loss: Computes the training loss at the weights that the parameters hold, for an `AdaptiveAlpha`.
+        measure_distance: Keep the distance between theta and phi just before each sync in ``last_distance``.
 
     Raises:
         TypeError: If ``optimizer`` is not a torch optimizer.
@@ -108,15 +107,12 @@ class SlowWeights:
         measure_distance: bool = False,
     ) -> None:
         check_optimizer(optimizer)
-        if model_weights is not None:
-            check_weights(model_weights, "model_weights")
         self.settings = settings = Settings(
             k, alpha, start_step, pullback_momentum, nonfinite, slow_dtype, slow_device, buffers
         )
         self.optimizer = optimizer
-        self.last_distance: Tensor | None = None
-        """Between theta and phi, all trained parameters together, just before the last sync; if it is measured."""
         self._measure_distance = measure_distance
+        self.last_distance: Tensor | None = None
         self.parameters = Parameters(optimizer, module)
         self.pairs = WeightPairs(optimizer, settings, exclude, shared)
         self.cycles = Cycles(optimizer, settings, self.parameters)
@@ -132,8 +128,8 @@ class SlowWeights:
         self.inner_loop.watch(self.sync if sync_in_step else None, module if sync_in_step else None)
 
     def __repr__(self) -> str:
-        settings = f"k={describe(self.settings.k)}, alpha={describe(self.settings.alpha)}"
-        return f"SlowWeights({type(self.optimizer).__name__}, {settings}, syncs={self.syncs})"
+        k, alpha = describe(self.settings.k), describe(self.settings.alpha)
+        return f"SlowWeights({type(self.optimizer).__name__}, k={k}, alpha={alpha}, syncs={self.syncs})"
 
     @property
     def active(self) -> Weights:
@@ -146,7 +142,6 @@ class SlowWeights:
         Right after a sync both sets are one: what was written into the parameters since belongs to both. BatchNorm
         layers that have two sets of ``statistics`` hold those of ``weights`` then, unless they are to stay.
         """
-        check_weights(weights)
         self.persistence.place()
         self.parameters.reshard()
         self.pairs.move_to_parameters()  # after a fit Lightning moves the module to the CPU
@@ -170,7 +165,6 @@ class SlowWeights:
 
         Slow weights of low precision parameters are of ``slow_dtype``, also while the parameters hold them, rounded.
         """
-        check_weights(weights)
         self.persistence.place()
         return self.pairs.values(weights)
 
@@ -245,9 +239,8 @@ class SlowWeights:
                 cycle.syncs += 1
             elif self.settings.nonfinite == "restore":
                 restore(cycle.moving, self._momentum, self.statistics)
-            self.pairs.join(cycle.still)
+            self.pairs.end_cycle(cycle.weights, cycle.still)
             self.cycles.begin_next(cycle)
-            self.pairs.idle.update(dict.fromkeys(cycle.weights))
 
     def close(self) -> None:
         """Let go of the optimizer: stop counting and syncing. Both sets of weights stay here."""

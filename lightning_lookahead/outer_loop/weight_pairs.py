@@ -9,21 +9,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lightning_lookahead.outer_loop.offload import Offload
-from lightning_lookahead.outer_loop.parameters import parameters_of
-from lightning_lookahead.outer_loop.saved_format import OTHER, slow_dtype
-from lightning_lookahead.outer_loop.settings import device_of, dtype_of
-from lightning_lookahead.outer_loop.tensors import (
-    bit_sum,
-    copies,
-    copy_,
-    distance,
-    equal,
-    exchange_,
-    local,
-    not_finite,
-    storage_key,
-)
+from .offload import Offload
+from .parameters import parameters_of
+from .saved_format import OTHER, check_weights, slow_dtype
+from .settings import device_of, dtype_of
+from .tensors import bit_sum, copies, copy_, distance, equal, exchange_, local, not_finite, storage_key
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator
@@ -31,9 +21,9 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.optim import Optimizer
 
-    from lightning_lookahead.outer_loop.cpu_buckets import CpuBuckets
-    from lightning_lookahead.outer_loop.saved_format import Weights
-    from lightning_lookahead.outer_loop.settings import Settings
+    from .cpu_buckets import CpuBuckets
+    from .saved_format import Weights
+    from .settings import Settings
 
 
 @dataclass
@@ -193,6 +183,7 @@ class WeightPairs:
 
     def values(self, weights: Weights) -> dict[Tensor, Tensor]:
         """Each trained parameter and its value in ``weights``: live tensors, not copies."""
+        check_weights(weights)
         others = self.counterparts
         if weights == "fast":
             return {p: p for p in others} if self.active == "fast" or not self.begun else {**others, **self._aside}
@@ -209,6 +200,7 @@ class WeightPairs:
             weights: The set that they hold then.
             synced: No step was taken since both were made equal: what was written from outside since belongs to both.
         """
+        check_weights(weights)
         if weights == self.active or not self.begun:
             self.active = weights
             return
@@ -247,9 +239,13 @@ class WeightPairs:
         copy_(written.values(), written)
         return two
 
-    def join(self, still: dict[Tensor, Tensor]) -> None:
-        """Let both sets have the values of parameters that no step has moved: where they are is from outside."""
+    def end_cycle(self, weights: dict[Tensor, Tensor], still: dict[Tensor, Tensor]) -> None:
+        """After a sync: none of its ``weights`` has had a gradient in the cycle that begins.
+
+        Those that kept ``still`` were moved by no step: where they are is from outside, and belongs to both sets.
+        """
         copy_(still.values(), still)
+        self.idle.update(dict.fromkeys(weights))
 
     def distance(self) -> Tensor:
         """How far theta and phi are apart (Euclidean): a 0-dim tensor on the parameters' device."""

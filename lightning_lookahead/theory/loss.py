@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lightning_lookahead.theory._checks import check_curvature, check_finite, check_variance
+from ._checks import check_curvature, check_finite, check_variance
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray

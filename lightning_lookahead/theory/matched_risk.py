@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, NamedTuple, SupportsIndex
 import numpy as np
 
 from lightning_lookahead._arguments import check_alpha, check_k
-from lightning_lookahead.theory._checks import check_count, check_curvature, check_positive, check_variance
-from lightning_lookahead.theory._search import lowest
-from lightning_lookahead.theory.loss import excess_loss
-from lightning_lookahead.theory.moments import lookahead_trajectory, lookahead_variance
+
+from ._checks import check_count, check_curvature, check_positive, check_variance
+from ._search import lowest
+from .loss import excess_loss
+from .moments import lookahead_trajectory, lookahead_variance
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray

@@ -18,17 +18,11 @@ has a module of its own; all names are here.
 Source: Zhang, Lucas, Hinton, Ba 2019, noisy quadratic model.
 """
 
-from lightning_lookahead.theory.loss import excess_loss, expected_loss
-from lightning_lookahead.theory.matched_risk import Comparison, Setting, compare_at_risk, matched_learning_rate
-from lightning_lookahead.theory.moments import (
-    Moments,
-    lookahead_trajectory,
-    lookahead_variance,
-    sgd_trajectory,
-    sgd_variance,
-)
-from lightning_lookahead.theory.simulation import simulate
-from lightning_lookahead.theory.step_size import optimal_alpha
+from .loss import excess_loss, expected_loss
+from .matched_risk import Comparison, Setting, compare_at_risk, matched_learning_rate
+from .moments import Moments, lookahead_trajectory, lookahead_variance, sgd_trajectory, sgd_variance
+from .simulation import simulate
+from .step_size import optimal_alpha
 
 __all__ = [
     "Comparison",

@@ -7,13 +7,8 @@ from typing import TYPE_CHECKING, SupportsIndex
 import numpy as np
 
 from lightning_lookahead._arguments import check_alpha, check_k
-from lightning_lookahead.theory._checks import (
-    check_count,
-    check_curvature,
-    check_learning_rate,
-    check_modes,
-    check_variance,
-)
+
+from ._checks import check_count, check_curvature, check_learning_rate, check_modes, check_variance
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lightning_lookahead.theory._checks import check_finite
+from ._checks import check_finite
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike

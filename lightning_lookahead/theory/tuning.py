@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, NamedTuple, SupportsIndex
 import numpy as np
 
 from lightning_lookahead._arguments import check_k
-from lightning_lookahead.theory._checks import check_curvature, check_finite, check_momentum
-from lightning_lookahead.theory._search import lowest
-from lightning_lookahead.theory.quadratic import lookahead_matrix, rate
+
+from ._checks import check_curvature, check_finite, check_momentum
+from ._search import lowest
+from .quadratic import lookahead_matrix, rate
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray

@@ -10,9 +10,10 @@ from lightning_lookahead._lightning import Callback, check_trainer, join_package
 from lightning_lookahead.evaluation.recalibration import check_recalibrate
 from lightning_lookahead.outer_loop.saved_format import check_weights
 from lightning_lookahead.outer_loop.settings import Buffers, Nonfinite, Settings
-from lightning_lookahead.trainer.fit import Fit, SyncOptimizers
-from lightning_lookahead.trainer.rank_check import RankCheck
-from lightning_lookahead.trainer.sync_log import figures
+
+from .fit import Fit, SyncOptimizers
+from .rank_check import RankCheck
+from .sync_log import figures
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
     from lightning_lookahead.outer_loop.saved_format import Weights
     from lightning_lookahead.outer_loop.schedules import CycleLength, StepSize
     from lightning_lookahead.outer_loop.slow_weights import SlowWeights
-    from lightning_lookahead.trainer.outer_loops import OuterLoops
+
+    from .outer_loops import OuterLoops
 
 UnfinishedCycle = Literal["drop", "sync"]
 
@@ -143,8 +145,6 @@ class LookaheadCallback(Callback):
         """All of them together."""
         return self._fit.loops
 
-    # -- one fit
-
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._in_trainer = True
         check_trainer(trainer)
@@ -204,8 +204,6 @@ class LookaheadCallback(Callback):
         """
         self._fit.sync_now()
 
-    # -- either set of weights
-
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._fit.swap.start(trainer)  # the end is the strategy's: after the hooks of all callbacks and of the module
 
@@ -223,8 +221,6 @@ class LookaheadCallback(Callback):
         self.loops.check_sets(weights)
         with self.loops.use(weights):
             yield
-
-    # -- what is saved, and what a copy has
 
     def state_dict(self) -> dict[str, Any]:
         return self._fit.checkpoints.state_dict()

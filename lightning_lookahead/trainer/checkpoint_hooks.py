@@ -15,9 +15,10 @@ from lightning_lookahead.outer_loop.settings import warn_of_differences
 from lightning_lookahead.outer_loop.sharding import detach_aliases
 from lightning_lookahead.outer_loop.shards import load_folder
 from lightning_lookahead.outer_loop.tensors import copies, storage_key
-from lightning_lookahead.trainer.module_state import state_dict_of_slow
-from lightning_lookahead.trainer.outer_loops import OTHERS_LOADED
-from lightning_lookahead.trainer.pruned import make_permanent
+
+from .module_state import state_dict_of_slow
+from .outer_loops import OTHERS_LOADED
+from .pruned import make_permanent
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -27,8 +28,9 @@ if TYPE_CHECKING:
     from lightning_lookahead.evaluation.monitor import InnerOuterMonitor
     from lightning_lookahead.outer_loop.saved_format import Weights
     from lightning_lookahead.outer_loop.slow_weights import SlowWeights
-    from lightning_lookahead.trainer.outer_loops import OuterLoops
-    from lightning_lookahead.trainer.validation_swap import ValidationSwap
+
+    from .outer_loops import OuterLoops
+    from .validation_swap import ValidationSwap
 
 
 class CheckpointHooks:

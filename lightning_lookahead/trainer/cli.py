@@ -15,8 +15,9 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from lightning_lookahead.checkpointing import read_checkpoint
-from lightning_lookahead.trainer.callback import LookaheadCallback
-from lightning_lookahead.trainer.comparison import compare_weights
+
+from .callback import LookaheadCallback
+from .comparison import compare_weights
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

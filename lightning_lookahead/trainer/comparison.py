@@ -20,9 +20,10 @@ from lightning_lookahead.checkpointing import read_checkpoint, weights_in
 from lightning_lookahead.evaluation.batches import check_repeatable
 from lightning_lookahead.evaluation.isolation import isolated
 from lightning_lookahead.evaluation.recalibration import Recalibration, check_recalibrate
-from lightning_lookahead.trainer.callback import LookaheadCallback
-from lightning_lookahead.trainer.module_state import kept_weights, load_whole
-from lightning_lookahead.trainer.outer_loops import OTHERS_LOADED
+
+from .callback import LookaheadCallback
+from .module_state import kept_weights, load_whole
+from .outer_loops import OTHERS_LOADED
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

@@ -10,9 +10,10 @@ from lightning_lookahead._lightning import averages, has_class_named, training_l
 from lightning_lookahead.evaluation.isolation import isolated
 from lightning_lookahead.outer_loop.adaptive import AdaptiveAlpha, TrainingLoss
 from lightning_lookahead.outer_loop.batch_norm import check_statistics
-from lightning_lookahead.trainer.checkpoint_hooks import CheckpointHooks
-from lightning_lookahead.trainer.outer_loops import OuterLoops, check_sharded_options
-from lightning_lookahead.trainer.validation_swap import ValidationSwap
+
+from .checkpoint_hooks import CheckpointHooks
+from .outer_loops import OuterLoops, check_sharded_options
+from .validation_swap import ValidationSwap
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer

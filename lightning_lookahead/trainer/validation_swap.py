@@ -10,7 +10,8 @@ if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
     from lightning_lookahead.outer_loop.saved_format import Weights
-    from lightning_lookahead.trainer.outer_loops import OuterLoops
+
+    from .outer_loops import OuterLoops
 
 
 class ValidationSwap:
