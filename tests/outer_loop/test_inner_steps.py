@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from lightning_lookahead import SlowWeights
-from lightning_lookahead.outer_loop import cpu_buckets
+from lightning_lookahead.outer_loop.weight_pairs import Moving
 from tests.helpers.oracle import lookahead
 from tests.helpers.problem import Decayed, Problem, push, slow_values, two_weights
 from tests.helpers.runs import equal
@@ -68,7 +68,7 @@ def test_what_a_fused_kernel_skipped_is_read_once_in_a_cycle(monkeypatch):
         reads.append(len(steps))
         return read(tensor)
 
-    monkeypatch.setattr(cpu_buckets, "seem_finite", lambda _: True)  # which reads sums of weights
+    monkeypatch.setattr(Moving, "not_finite", lambda _: [])  # which reads sums of weights
     monkeypatch.setattr(torch.Tensor, "item", item)
     for step in range(8):
         steps.append(step)
