@@ -64,11 +64,10 @@ class Parameters:
 
     def describe(self, parameter: Tensor) -> str:
         """What an error calls a parameter."""
-        for name, other in self.module.named_parameters() if self.module is not None else ():
-            if other is parameter:
-                return f"Parameter {name!r}"
-        index = next(at for at, other in enumerate(self.listed) if other is parameter)
-        return f"Parameter {index} of the optimizer, of shape {tuple(parameter.shape)},"
+        name = self.names()[parameter]
+        if name.startswith("["):
+            return f"Parameter {name[1:-1]} of the optimizer, of shape {tuple(parameter.shape)},"
+        return f"Parameter {name!r}"
 
     def reshard(self) -> None:
         """Free gathered copies of the weights, so that what is written to the shards is seen."""

@@ -29,7 +29,7 @@ from .sharding import named_shards, pieces
 from .tensors import checksum, copies, copy_, equal, local
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+    from collections.abc import Collection, Iterator, Mapping, Sequence
 
     from torch import Tensor, nn
 
@@ -428,25 +428,17 @@ class Shards(dict[str, Any]):
 class WhenLoaded:
     """Tells a `Persistence` that its module was loaded; nothing, where module or hook have been copied or pickled."""
 
-    def __init__(self, persistence: Persistence) -> None:
-        self._persistence = weakref.ref(persistence)
+    def __init__(self, persistence: Persistence | None = None) -> None:
+        self._persistence = weakref.ref(persistence) if persistence is not None else None
 
     def __call__(self, *_: object) -> None:
         """Put what waits in its place."""
-        persistence = self._persistence()
+        persistence = self._persistence() if self._persistence is not None else None
         if persistence is not None:
             persistence.when_loaded()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _no_one_is_told, ()
-
-
-def _no_one_is_told() -> Callable[..., None]:
-    return _nothing
-
-
-def _nothing(*_: object) -> None:
-    pass
+        return WhenLoaded, ()
 
 
 def _agree(value: Tensor, other: Tensor) -> bool:

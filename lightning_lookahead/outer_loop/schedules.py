@@ -17,14 +17,11 @@ CycleLength = int | Callable[[int], float]
 
 
 class Schedule(ABC):
-    """A value for each sync: an ``alpha`` or a ``k`` that changes in training. Any function of an int will do, too."""
+    """A value for each sync, from one to another: an ``alpha`` or a ``k`` that changes in training.
 
-    @abstractmethod
-    def __call__(self, sync: int) -> float:
-        """The value for the sync that ``sync`` others came before."""
+    Any function of an int will do, too.
+    """
 
-
-class _Ramp(Schedule):
     def __init__(self, start: float, end: float, syncs: int) -> None:
         if isinstance(syncs, bool) or not isinstance(syncs, int) or syncs < 1:
             message = f"syncs={syncs!r} is out of range: the length of a schedule must be an integer of at least 1."
@@ -34,11 +31,17 @@ class _Ramp(Schedule):
     def __repr__(self) -> str:
         return f"{type(self).__name__}(start={self.start}, end={self.end}, syncs={self.syncs})"
 
-    def _done(self, sync: int) -> float:
-        return min(sync / self.syncs, 1.0)
+    def __call__(self, sync: int) -> float:
+        """The value for the sync that ``sync`` others came before."""
+        done = self._done(min(sync / self.syncs, 1.0))
+        return (1 - done) * self.start + done * self.end
+
+    @abstractmethod
+    def _done(self, part: float) -> float:
+        """How much of the way is done when this part of the syncs is."""
 
 
-class Linear(_Ramp):
+class Linear(Schedule):
     """From one value to another in equal steps.
 
     Args:
@@ -54,12 +57,11 @@ class Linear(_Ramp):
         [0.5, 0.75, 1.0, 1.0]
     """
 
-    def __call__(self, sync: int) -> float:
-        done = self._done(sync)
-        return (1 - done) * self.start + done * self.end
+    def _done(self, part: float) -> float:
+        return part
 
 
-class Cosine(_Ramp):
+class Cosine(Schedule):
     """From one value to another along half a cosine: slowly at both ends.
 
     Args:
@@ -75,9 +77,8 @@ class Cosine(_Ramp):
         [1.0, 0.927, 0.75, 0.5, 0.5]
     """
 
-    def __call__(self, sync: int) -> float:
-        done = (1 - math.cos(math.pi * self._done(sync))) / 2
-        return (1 - done) * self.start + done * self.end
+    def _done(self, part: float) -> float:
+        return (1 - math.cos(math.pi * part)) / 2
 
 
 def check_step_size(alpha: StepSize, name: str = "alpha") -> StepSize:
