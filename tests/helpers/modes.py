@@ -26,7 +26,7 @@ def fit(name, *callbacks, ckpt_path=None):
     """Train a new module of the case for two epochs; return the Trainer and the module."""
     torch.manual_seed(0)
     module = CASES[name].make()
-    settings = {"max_epochs": 2, "limit_train_batches": 4, "limit_val_batches": 1, "val_check_interval": 3}
+    settings = {"max_epochs": 2, "limit_train_batches": 5, "limit_val_batches": 1, "val_check_interval": 3}
     trainer = make_trainer(*callbacks, **settings, **CASES[name].trainer)
     trainer.fit(module, ckpt_path=ckpt_path)
     return trainer, module

@@ -20,4 +20,4 @@ def test_a_fit_is_that_of_a_naive_callback(name):
     ours = lookahead(name, *([At(note)] if adaptive else []))
     expected = naive(name, alphas if adaptive else None)
     same(ours, expected, name)
-    assert len(alphas) == (2 if adaptive else 0)
+    assert len(alphas) == (3 if adaptive else 0)
