@@ -79,11 +79,6 @@ def averages(trainer: Trainer) -> bool:
     return any(has_class_named(callback, AVERAGERS) for callback in callbacks_of(trainer))
 
 
-def datamodule_of(trainer: Trainer) -> Any:
-    """The Trainer's data module, if it has one."""
-    return trainer.datamodule  # type: ignore[attr-defined]  # set by a part of the Trainer
-
-
 @contextmanager
 def unlogged(pl_module: LightningModule) -> Iterator[None]:
     """Let what the module logs inside the ``with`` block go nowhere."""
@@ -119,6 +114,37 @@ def check_trainer(trainer: Trainer) -> None:
                 " device, 'ddp', 'fsdp' or ModelParallelStrategy."
             )
             raise ValueError(message)
+
+
+def combined_loader(loop: Any) -> CombinedLoader | None:
+    """What a loop of the Trainer iterates, once it has loaded it: the public names do not say how it is combined."""
+    return cast("CombinedLoader | None", loop._combined_loader)
+
+
+def parts_of(loader: CombinedLoader) -> tuple[Any, Any]:
+    """The loaders in a combined one, and how they are combined."""
+    return loader.iterables, loader._mode
+
+
+def validation_data(trainer: Trainer) -> Any:
+    """What a fit will validate on, ``None`` for nothing; to load it for its loop would move that on."""
+    source = trainer.fit_loop.epoch_loop.val_loop._data_source
+    return source.dataloader() if source.is_defined() else None
+
+
+def transferred(trainer: Trainer, batch: Any, index: int) -> Any:
+    """A batch of the loader of this index as the step methods get it: what Lightning's loops do."""
+    converted = trainer.precision_plugin.convert_input(batch)
+    # It alone knows whether the module or the data module has that hook.
+    converted = trainer.lightning_module._on_before_batch_transfer(converted, dataloader_idx=index)
+    return trainer.strategy.batch_to_device(converted, dataloader_idx=index)
+
+
+def has_run_a_batch(trainer: Trainer) -> bool:
+    """Whether a batch of anything was begun."""
+    fit = trainer.fit_loop.epoch_loop
+    loops = fit, fit.val_loop, trainer.validate_loop, trainer.test_loop, trainer.predict_loop
+    return any(loop.batch_progress.total.ready for loop in loops)
 
 
 def writes_folders(strategy: Strategy) -> bool:

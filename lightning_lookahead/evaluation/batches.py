@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Any
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import DataLoader
 
-from lightning_lookahead._lightning import CombinedLoader, datamodule_of, sized_len
+from lightning_lookahead._lightning import (
+    CombinedLoader,
+    combined_loader,
+    parts_of,
+    sized_len,
+    transferred,
+    validation_data,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -70,17 +77,16 @@ def stage(trainer: Trainer, *, training: bool) -> Iterator[None]:
 
 def held_out(trainer: Trainer) -> Loaders:
     """What a fit that is under way validates on, in the same batches; without any if it validates on nothing."""
-    loop = trainer.fit_loop.epoch_loop.val_loop
-    loader = loop._combined_loader  # the public `val_dataloaders` does not say how they are combined
+    loader = combined_loader(trainer.fit_loop.epoch_loop.val_loop)
     if loader is not None:
-        return Loaders(loader.iterables, loader._mode, list(trainer.num_val_batches))
+        return Loaders(*parts_of(loader), list(trainer.num_val_batches))
     # Not loaded yet, where the first epochs are not validated. To load it for the loop would move the loop on.
     limit = trainer.limit_val_batches
-    if limit == 0 or not loop._data_source.is_defined():
+    iterables = validation_data(trainer) if limit else None
+    if iterables is None:
         return Loaders([])
-    iterables = loop._data_source.dataloader()
     if isinstance(iterables, CombinedLoader):
-        return Loaders(iterables.iterables, iterables._mode)
+        return Loaders(*parts_of(iterables))
     fractions = [
         int(len(part) * limit) if isinstance(limit, float) and limit < 1 else limit for part in tree_leaves(iterables)
     ]
@@ -92,10 +98,10 @@ def held_out(trainer: Trainer) -> Loaders:
 
 def for_training(trainer: Trainer) -> Loaders:
     """What a fit has trained on, or else what the data module or the module gives."""
-    loader = trainer.fit_loop._combined_loader
+    loader = combined_loader(trainer.fit_loop)
     if loader is not None:
-        return Loaders(loader.iterables, loader._mode)
-    datamodule = datamodule_of(trainer)
+        return Loaders(*parts_of(loader))
+    datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]  # set by a part of the Trainer
     if datamodule is not None:
         datamodule.setup("fit")
     source = datamodule or trainer.lightning_module
@@ -112,14 +118,9 @@ def for_training(trainer: Trainer) -> Loaders:
 
 def ready(trainer: Trainer, loaders: Loaders, limit: float | None) -> Iterator[Any]:
     """The first batches, on the device and as the step methods get them."""
-    module = trainer.lightning_module
     stop = None if limit is None or limit == float("inf") else int(limit)
     for batch, index in islice(loaders, stop):
-        # What Lightning's loops do. `_on_before_batch_transfer` alone knows whether the module or the data module has
-        # that hook.
-        converted = trainer.precision_plugin.convert_input(batch)
-        converted = module._on_before_batch_transfer(converted, dataloader_idx=index)
-        yield trainer.strategy.batch_to_device(converted, dataloader_idx=index)
+        yield transferred(trainer, batch, index)
 
 
 def check_repeatable(argument: str, data: object) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,13 +15,16 @@ from lightning_lookahead._arguments import check_alpha, check_choice
 from .tensors import copies, copy_
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
     from torch import Tensor
     from torch.optim import Optimizer
 
 CURVATURES = ("fisher", "sqrt_fisher", "secant", "hvp")
 _SECOND_MOMENTS = ("exp_avg_sq", "square_avg", "sum")
+
+
+Loss = Callable[[], "Tensor"]
 
 
 @dataclass
@@ -32,7 +36,7 @@ class TrainingLoss:
         around: A context in which that, and what comes of it, leaves no trace.
     """
 
-    value: Callable[[], Tensor]
+    value: Loss
     around: Callable[[], AbstractContextManager[None]] = nullcontext
 
 

@@ -6,14 +6,11 @@ from typing import TYPE_CHECKING
 
 from torch.nn.parallel import DistributedDataParallel
 
-from .adaptive import AdaptiveAlpha, TrainingLoss
+from .adaptive import AdaptiveAlpha, Loss, TrainingLoss
 from .momentum import state_names
 from .schedules import alpha_at
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from torch import Tensor
     from torch.optim import Optimizer
 
     from .cycles import Cycle
@@ -40,13 +37,7 @@ class Alpha:
     """
 
     def __init__(
-        self,
-        optimizer: Optimizer,
-        settings: Settings,
-        parameters: Parameters,
-        loss: Callable[[], Tensor] | None,
-        *,
-        comes_later: bool,
+        self, optimizer: Optimizer, settings: Settings, parameters: Parameters, loss: Loss | None, *, comes_later: bool
     ) -> None:
         self._optimizer, self._parameters = optimizer, parameters
         self.loss = TrainingLoss(loss) if loss is not None else None

@@ -43,8 +43,7 @@ class InnerLoop:
             message = "optimizer has slow weights already, which would pull back twice: close() those first."
             raise ValueError(message)
         self._optimizer, self._settings = optimizer, settings
-        self._pairs, self._cycles, self._persistence = pairs, cycles, persistence
-        self._steps = cycles.steps
+        self._pairs, self._cycles, self._steps, self._persistence = pairs, cycles, cycles.steps, persistence
         self._first_step = False  # whether the step that is under way begins the first cycle, or goes on with a run
         self._hooks: list[Any] = []
 

@@ -219,10 +219,6 @@ def begins_as_weights(optimizer: Optimizer, group: dict[str, Any]) -> set[str]:
     return {name for name, value in own.items() if isinstance(value, torch.Tensor) and torch.equal(value, start)}
 
 
-def _dummy() -> nn.Parameter:
-    return nn.Parameter(torch.zeros(2, 2))
-
-
 def _new(optimizer: Optimizer, group: dict[str, Any], parameter: Tensor) -> Optimizer:
     """An optimizer of the same class and settings that has just been made, around one parameter."""
     accepted = inspect.signature(type(optimizer)).parameters
@@ -233,14 +229,14 @@ def _new(optimizer: Optimizer, group: dict[str, Any], parameter: Tensor) -> Opti
 def _makes_state_early(optimizer: Optimizer, group: dict[str, Any]) -> bool:
     """Whether the class wants its state to be there before the first step, as Adagrad does."""
     try:
-        return bool(_new(optimizer, group, _dummy()).state)
+        return bool(_new(optimizer, group, nn.Parameter(torch.zeros(2, 2))).state)
     except Exception:  # noqa: BLE001 (a class that is made in another way: it has to do without)
         return False
 
 
 def state_names(optimizer: Optimizer, group: dict[str, Any]) -> set[str]:
     """Names of the tensors and numbers that an optimizer keeps of a parameter, found out by a step of one like it."""
-    parameter = _dummy()
+    parameter = nn.Parameter(torch.zeros(2, 2))
     sparse = type(optimizer).__name__ == "SparseAdam"
     parameter.grad = torch.zeros(2, 2).to_sparse() if sparse else torch.zeros(2, 2)
     try:

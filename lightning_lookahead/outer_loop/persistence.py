@@ -10,20 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from . import saved_format
 from .names import names_in
-from .saved_format import (
-    OTHER,
-    Weights,
-    check_entries,
-    check_state,
-    check_sums,
-    check_weights,
-    joined,
-    slow_dtype,
-    without_words,
-    word_key,
-    words,
-)
+from .saved_format import OTHER, Weights, joined, slow_dtype, without_words, word_key, words
 from .settings import dtype_of
 from .sharding import named_shards, pieces
 from .tensors import checksum, copies, copy_, equal, local
@@ -97,6 +86,7 @@ class Pending:
         return self.changed | {p for p in self.parameters if p in known and checksum(p) != known[p]}
 
 
+@dataclass(eq=False)
 class Persistence:
     """Saves and restores one outer loop: the set of weights that the model's own ``state_dict`` lacks, and the counts.
 
@@ -113,36 +103,33 @@ class Persistence:
         pending: What was loaded and waits: the model may be loaded after it.
     """
 
-    def __init__(  # noqa: PLR0917 (the parts of one outer loop)
-        self,
-        settings: Settings,
-        parameters: Parameters,
-        pairs: WeightPairs,
-        cycles: Cycles,
-        momentum: Momentum,
-        statistics: SlowStatistics,
-        model_weights: Weights | None,
-    ) -> None:
-        if model_weights is not None:
-            check_weights(model_weights, "model_weights")
-        self.pending: Pending | None = None
-        self._settings, self._parameters, self._pairs, self._cycles = settings, parameters, pairs, cycles
-        self._momentum, self._statistics, self._model_weights = momentum, statistics, model_weights
+    settings: Settings
+    parameters: Parameters
+    pairs: WeightPairs
+    cycles: Cycles
+    momentum: Momentum
+    statistics: SlowStatistics
+    model_weights: Weights | None
+    pending: Pending | None = None
+
+    def __post_init__(self) -> None:
+        if self.model_weights is not None:
+            saved_format.check_weights(self.model_weights, "model_weights")
 
     @property
     def saved_with(self) -> Weights:
         """The set that the model's own ``state_dict`` holds."""
-        return self._model_weights or self._pairs.active
+        return self.model_weights or self.pairs.active
 
     # -- saving
 
     def counters(self) -> dict[str, Any]:
         """Settings and counts: the state without a tensor."""
-        trained, idle = self._pairs.counterparts, self._pairs.idle
-        names = self._parameters.names()
+        trained, idle = self.pairs.counterparts, self.pairs.idle
+        names = self.parameters.names()
         return {
-            **self._settings.saved(),
-            **self._cycles.counters(),
+            **self.settings.saved(),
+            **self.cycles.counters(),
             "trained": [names[p] for p in trained],
             "idle": None if len(idle) == len(trained) else [names[p] for p in idle],
             "saved_with": self.saved_with,
@@ -151,8 +138,8 @@ class Persistence:
     def adopt(self) -> None:
         """Right after a sync, let both sets have what was written into the parameters from outside since."""
         self.place()
-        if self._pairs.active == "fast" and not self._cycles.begun():
-            self._pairs.adopt()
+        if self.pairs.active == "fast" and not self.cycles.begun():
+            self.pairs.adopt()
 
     def state_dict(self, *, whole: bool, lean: bool = False) -> dict[str, Any]:
         """The state of the outer loop, as `lightning_lookahead.outer_loop.saved_format` says; copies.
@@ -163,37 +150,37 @@ class Persistence:
                 of it.
         """
         self.adopt()
-        lean = lean and not self._parameters.sharded
+        lean = lean and not self.parameters.sharded
         weights = self._weights(lean=lean)
-        momentum = {name: dict(values) for name, values in self._momentum.previous.items()}
+        momentum = {name: dict(values) for name, values in self.momentum.previous.items()}
         if not lean:
             momentum = {
-                name: {p: momentum.get(name, {}).get(p, torch.zeros_like(p)) for p in self._pairs.counterparts}
-                for name in self._momentum.names
+                name: {p: momentum.get(name, {}).get(p, torch.zeros_like(p)) for p in self.pairs.counterparts}
+                for name in self.momentum.names
             }
-        by_name = self._shards(weights, momentum, whole=whole) if self._parameters.sharded else {}
+        by_name = self._shards(weights, momentum, whole=whole) if self.parameters.sharded else {}
         state = {**self.counters(), **(by_name or self._named(weights, momentum))}
-        if self._statistics.names:
+        if self.statistics.names:
             other = OTHER[self.saved_with]
-            held = dict(zip(self._statistics.names, copies(self._statistics.live), strict=True))
-            state["statistics"] = {other: held if other == self._pairs.active else self._statistics.counterparts()}
+            held = dict(zip(self.statistics.names, copies(self.statistics.live), strict=True))
+            state["statistics"] = {other: held if other == self.pairs.active else self.statistics.counterparts()}
         return {name: value for name, value in state.items() if value or name not in {"momentum", "weights"}}
 
     def _weights(self, *, lean: bool) -> Entries:
-        beside = self._pairs.values(self.saved_with)
+        beside = self.pairs.values(self.saved_with)
         entries: Entries = {}
         for which in OTHER:
-            own = self._pairs.values(which)
+            own = self.pairs.values(which)
             if lean:
                 own = {p: value for p, value in own.items() if not _agree(value, beside[p].to(p))}
             elif which == self.saved_with:  # slow weights that the model cannot hold without rounding
-                own = {p: value for p, value in own.items() if self._pairs.is_apart(p) and which == "slow"}
+                own = {p: value for p, value in own.items() if self.pairs.is_apart(p) and which == "slow"}
             if own:
                 entries[which] = own
         return entries
 
     def _named(self, weights: Entries, momentum: Entries) -> dict[str, Any]:
-        names, beside = self._parameters.names(), self._pairs.values(self.saved_with)
+        names, beside = self.parameters.names(), self.pairs.values(self.saved_with)
         named = {
             part: {
                 entry: dict(zip(map(names.__getitem__, values), copies(values.values()), strict=True))
@@ -206,11 +193,8 @@ class Persistence:
         return {**named, "checksums": sums}
 
     def _shards(self, weights: Entries, momentum: Entries, *, whole: bool) -> dict[str, Any]:
-        return {
-            "weights": self._cut(weights, whole=whole),
-            "momentum": self._cut(momentum, whole=whole),
-            "checksums": {},
-        }
+        entries = {"weights": weights, "momentum": momentum}
+        return {**{part: self._cut(own, whole=whole) for part, own in entries.items()}, "checksums": {}}
 
     def _cut(self, entries: Entries, *, whole: bool) -> dict[str, dict[str, Any]]:
         found: dict[str, dict[str, Any]] = {}
@@ -220,13 +204,13 @@ class Persistence:
                 found[word_key(entry, index)] = named_shards(self._module, level, whole=whole)
         if not whole:
             return found
-        dtypes = {name: slow_dtype(word.dtype, self._pairs.dtype) for name, word in found.get("slow", {}).items()}
+        dtypes = {name: slow_dtype(word.dtype, self.pairs.dtype) for name, word in found.get("slow", {}).items()}
         return without_words(found, dtypes)
 
     @property
     def _module(self) -> nn.Module:
-        assert self._parameters.module is not None  # noqa: S101 (there is one where the weights are sharded)
-        return self._parameters.module
+        assert self.parameters.module is not None  # noqa: S101 (there is one where the weights are sharded)
+        return self.parameters.module
 
     # -- loading
 
@@ -240,17 +224,17 @@ class Persistence:
         Raises:
             ValueError: If the state is damaged or of another model; nothing is changed then.
         """
-        check_state(state)
-        pending = self._by_piece(state) if self._parameters.sharded else self._by_parameter(state)
+        saved_format.check_state(state)
+        pending = self._by_piece(state) if self.parameters.sharded else self._by_parameter(state)
         pending.statistics = self._saved_statistics(state.get("statistics", {}))
-        self._pairs.track_new()
-        self._cycles.restore(state, self._pairs.counterparts)
+        self.pairs.track_new()
+        self.cycles.restore(state, self.pairs.counterparts)
         pending.trained = self._of_names(state.get("trained") or [])
         pending.idle = None if state.get("idle", []) is None else self._of_names(state.get("idle", []))
         if model is not None:
             self._compare(pending, model)
         self.pending = pending
-        self._pairs.end_swap()
+        self.pairs.end_swap()
         if self.waits:  # the model was loaded before
             self.place()
 
@@ -268,7 +252,7 @@ class Persistence:
 
     def _of_names(self, listed: Collection[str]) -> list[Tensor]:
         wanted = set(listed)
-        return [parameter for parameter, name in self._parameters.names().items() if name in wanted]
+        return [parameter for parameter, name in self.parameters.names().items() if name in wanted]
 
     def _compare(self, pending: Pending, model: Mapping[str, Any]) -> None:
         """Note what the model's ``state_dict``, which has been read with the pending state, has for each parameter.
@@ -276,7 +260,7 @@ class Persistence:
         That tells what was changed after it was read also where the module rounds or converts what it loads.
         """
         moved = pending.parameters
-        for parameter, name in self._parameters.names().items():
+        for parameter, name in self.parameters.names().items():
             value = model.get(name)
             if isinstance(value, torch.Tensor) and pending.checksums and parameter in pending.checksums:
                 saved = pending.checksums.pop(parameter)
@@ -286,23 +270,25 @@ class Persistence:
                     pending.loaded[parameter] = value
 
     def _by_parameter(self, state: dict[str, Any]) -> Pending:
-        parameters = {name: parameter for parameter, name in self._parameters.names().items()}
-        pending = Pending(state["steps"] > self._settings.start_step)
+        parameters = {name: parameter for parameter, name in self.parameters.names().items()}
+        pending = Pending(state["steps"] > self.settings.start_step)
         chosen = dtype_of(state.get("slow_dtype"))
         dtypes = {name: slow_dtype(parameter.dtype, chosen) for name, parameter in parameters.items()}
         for part, into in (("weights", pending.weights), ("momentum", pending.momentum)):
             for entry, values in without_words(state.get(part, {}), dtypes).items():
-                check_entries(entry, values, parameters)
+                saved_format.check_entries(entry, values, parameters)
                 into[entry] = {parameters[name]: value for name, value in values.items() if name in parameters}
         sums, beside = state.get("checksums", {}), state.get("saved_with", self.saved_with)
-        check_sums({which: own for which, own in state.get("weights", {}).items() if which != beside}, sums)
+        saved_format.check_sums(
+            {which: own for which, own in state.get("weights", {}).items() if which != beside}, sums
+        )
         own = sums.get(beside, {})
         pending.checksums = {parameters[name]: value for name, value in own.items() if name in parameters}
         return pending
 
     def _by_piece(self, state: dict[str, Any]) -> Pending:
         chosen = dtype_of(state.get("slow_dtype"))
-        pending = Pending(state["steps"] > self._settings.start_step)
+        pending = Pending(state["steps"] > self.settings.start_step)
         for entry, levels in _by_level(state.get("weights", {})):
             dtypes = {p: slow_dtype(p.dtype, chosen) if entry == "slow" else p.dtype for p in self._pieces_in(levels)}
             base = {p: local([p])[0].to(dtype) for p, dtype in dtypes.items()}
@@ -318,7 +304,7 @@ class Persistence:
         names = names_in(self._module)
         return [
             p
-            for p in self._parameters.listed
+            for p in self.parameters.listed
             if getattr(p, "_is_flat_param", False) or not set(names.get(p, [])).isdisjoint(levels[0])
         ]
 
@@ -341,7 +327,7 @@ class Persistence:
         return {p: joined(parts, base[p].dtype) for p, parts in found.items()}
 
     def _saved_statistics(self, saved: Mapping[str, Mapping[str, Tensor]]) -> dict[str, list[Tensor]]:
-        names = self._statistics.names
+        names = self.statistics.names
         return {
             which: [values[name] for name in names]
             for which, values in saved.items()
@@ -357,15 +343,15 @@ class Persistence:
         Until training has begun phi is where the parameters are.
         """
         pending = self.pending
-        if self._pairs.active == "slow" or (self._pairs.begun and pending is None):
+        if self.pairs.active == "slow" or (self.pairs.begun and pending is None):
             return
-        self._parameters.reshard()
+        self.parameters.reshard()
         if pending is not None and not (pending.placed and pending.in_place):
             self._put(pending)
         if pending is None or not pending.begun:
-            self._pairs.track_replaced()
-            self._pairs.start()
-            self._statistics.start()
+            self.pairs.track_replaced()
+            self.pairs.start()
+            self.statistics.start()
 
     def let_go(self, *, begins: bool = False) -> None:
         """Say that all is loaded: from here on the weights are moved.
@@ -374,7 +360,7 @@ class Persistence:
             begins: Whether the first cycle begins.
         """
         pending, self.pending = self.pending, None
-        self._pairs.begun = self._pairs.begun or begins or (pending is not None and pending.begun)
+        self.pairs.begun = self.pairs.begun or begins or (pending is not None and pending.begun)
 
     def begin(self) -> None:
         """Say that all is loaded: what moves the parameters from here on is training, also another optimizer's."""
@@ -385,14 +371,14 @@ class Persistence:
         pending.placed = True
         copy_(pending.loaded, pending.loaded.values())
         # Also what is frozen now: it was trained when it was saved.
-        self._pairs.track({*pending.parameters, *pending.trained})
-        self._cycles.update(self._pairs.counterparts)
-        self._pairs.start()
-        self._pairs.begun = pending.begun
-        kept = self._pairs.counterparts
+        self.pairs.track({*pending.parameters, *pending.trained})
+        self.cycles.update(self.pairs.counterparts)
+        self.pairs.start()
+        self.pairs.begun = pending.begun
+        kept = self.pairs.counterparts
         if pending.idle is not None:
-            self._pairs.idle = dict.fromkeys(p for p in pending.idle if p in kept)
-        self._momentum.restore(pending.momentum)
+            self.pairs.idle = dict.fromkeys(p for p in pending.idle if p in kept)
+        self.momentum.restore(pending.momentum)
         pending.left_out = changed = pending.unlike()
         if changed:
             message = (
@@ -406,9 +392,9 @@ class Persistence:
             own = [p for p in values if p in kept and p not in changed]
             if which == "fast" or pending.begun:  # before that phi is theta
                 copy_([places[which][p] for p in own], [values[p] for p in own])
-        self._statistics.start()
+        self.statistics.start()
         for which, statistics in pending.statistics.items() if pending.begun else ():
-            copy_(self._statistics.live if which == "fast" else self._statistics.kept, statistics)
+            copy_(self.statistics.live if which == "fast" else self.statistics.kept, statistics)
 
 
 class Shards(dict[str, Any]):

@@ -62,10 +62,9 @@ def interpolate_(slow: Collection[Tensor], fast: Collection[Tensor], alpha: floa
     alike = [(phi, theta) for phi, theta in pairs if phi.dtype == theta.dtype and phi.device == theta.device]
     if alike:
         torch._foreach_lerp_([phi for phi, _ in alike], [theta for _, theta in alike], alpha)
-    if len(alike) < len(pairs):
-        for phi, theta in pairs:
-            if phi.dtype != theta.dtype or phi.device != theta.device:
-                phi.lerp_(theta.to(phi), alpha)  # one tensor more at a time
+    for phi, theta in pairs if len(alike) < len(pairs) else ():
+        if phi.dtype != theta.dtype or phi.device != theta.device:
+            phi.lerp_(theta.to(phi), alpha)  # one tensor more at a time
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from .validation_swap import ValidationSwap
 
 
+@dataclass(eq=False)
 class CheckpointHooks:
     """Both sets of weights in the checkpoints of a fit, whoever saves and whenever, and out of them.
 
@@ -48,25 +50,20 @@ class CheckpointHooks:
         monitor: What else is saved.
     """
 
-    def __init__(  # noqa: PLR0917 (what a fit consists of)
-        self,
-        key: str,
-        settings: dict[str, Any],
-        loops: OuterLoops,
-        weights: Weights,
-        swap: ValidationSwap,
-        monitor: InnerOuterMonitor | None,
-    ) -> None:
-        self._key, self._settings, self._loops = key, settings, loops
-        self._weights, self._swap, self._monitor = weights, swap, monitor
-        self._aliases: list[list[str]] = []  # names that share a parameter, before a strategy wrapped the module
-        self._restored: list[dict[str, Any]] = []  # states from a checkpoint, until there are optimizers for them
-        self._restored_model: dict[str, Any] = {}  # the module's own state that came with them
-        self._before_loading: dict[str, Tensor] = {}  # the module's state, while a checkpoint is loaded over it
-        self._optimizers_before: list[Any] | None = None  # the strategy's, before a fit sets up its own
-        self._in_batch = False  # whether a forward may have been done whose backward is to come
-        self._shown: list[SlowWeights] = []  # what is swapped while others look at it
-        self._replaced: list[tuple[dict[str, Any], str, Tensor]] = []  # what a state_dict had before that
+    key: str
+    settings: dict[str, Any]
+    loops: OuterLoops
+    weights: Weights
+    swap: ValidationSwap
+    monitor: InnerOuterMonitor | None
+    _aliases: list[list[str]] = field(default_factory=list)  # names that share a parameter, before it was wrapped
+    _restored: list[dict[str, Any]] = field(default_factory=list)  # from a checkpoint, until there are optimizers
+    _restored_model: dict[str, Any] = field(default_factory=dict)  # the module's own state that came with them
+    _before_loading: dict[str, Tensor] = field(default_factory=dict)  # the module's state, while one is loaded over it
+    _optimizers_before: list[Any] | None = None  # the strategy's, before a fit sets up its own
+    _in_batch: bool = False  # whether a forward may have been done whose backward is to come
+    _shown: list[SlowWeights] = field(default_factory=list)  # what is swapped while others look at it
+    _replaced: list[tuple[dict[str, Any], str, Tensor]] = field(default_factory=list)  # what a state_dict had before
 
     # -- a fit
 
@@ -110,35 +107,35 @@ class CheckpointHooks:
 
     def _on_validation_end(self, strategy: Strategy) -> None:
         type(strategy).on_validation_end(strategy)
-        self._swap.end()
+        self.swap.end()
 
     # -- saving
 
     def _save_checkpoint(self, strategy: Strategy, checkpoint: dict[str, Any], *args: Any, **kwargs: Any) -> None:
         self._end_showing()
-        ours = (checkpoint.get("callbacks") or {}).get(self._key)
+        ours = (checkpoint.get("callbacks") or {}).get(self.key)
         module = strategy.lightning_module
         if ours is not None and ours["optimizers"] and module is not None and "state_dict" in checkpoint:
-            make_permanent(checkpoint["state_dict"], module, ours["optimizers"], self._loops.slow_weights)
+            make_permanent(checkpoint["state_dict"], module, ours["optimizers"], self.loops.slow_weights)
         type(strategy).save_checkpoint(strategy, checkpoint, *args, **kwargs)
 
     def _module_state_dict(self, strategy: Strategy) -> dict[str, Any]:
         """What ``strategy.lightning_module_state_dict()`` returns during a fit and after it, swapped or not."""
         original = functools.partial(type(strategy).lightning_module_state_dict, strategy)
         # The strategy has gone on to another fit, without this callback, or other weights were loaded into the module.
-        if not self._loops.are_of(strategy.optimizers) or self._loops.others_loaded:
+        if not self.loops.are_of(strategy.optimizers) or self.loops.others_loaded:
             return original()
-        if self._weights == "fast" and all(slow.active == "fast" for slow in self._loops.slow_weights):
+        if self.weights == "fast" and all(slow.active == "fast" for slow in self.loops.slow_weights):
             return original()
-        for slow in self._loops.slow_weights:
+        for slow in self.loops.slow_weights:
             slow.persistence.adopt()
         state_dict = None
-        if self._weights == "slow" and not self._swap.recalibration.kept:
-            state_dict = state_dict_of_slow(original, self._loops.slow_weights)
+        if self.weights == "slow" and not self.swap.recalibration.kept:
+            state_dict = state_dict_of_slow(original, self.loops.slow_weights)
         if state_dict is None:
             # Sharded, left out, computed from the parameters or swapped: then the weights have to be there for it.
-            other = [slow for slow in self._loops.slow_weights if slow.active != self._weights]
-            with self._loops.use(self._weights, statistics=False), self._swap.recalibration.undone():
+            other = [slow for slow in self.loops.slow_weights if slow.active != self.weights]
+            with self.loops.use(self.weights, statistics=False), self.swap.recalibration.undone():
                 state_dict = original()
                 detach_aliases(state_dict)
             # The module's own statistics are not written to: a backward may be to come that would notice.
@@ -151,25 +148,25 @@ class CheckpointHooks:
         """Settings and counts, without a tensor: those are put beside them where it is known how they are written."""
         state = {
             "lookahead_version": VERSION,
-            **self._settings,
-            "optimizers": [slow.persistence.counters() for slow in self._loops.slow_weights],
+            **self.settings,
+            "optimizers": [slow.persistence.counters() for slow in self.loops.slow_weights],
             "aliases": self._aliases,
         }
-        return state if self._monitor is None else {**state, "monitor": self._monitor.state_dict()}
+        return state if self.monitor is None else {**state, "monitor": self.monitor.state_dict()}
 
     def on_save_checkpoint(self, trainer: Trainer, checkpoint: dict[str, Any]) -> None:
         """Put the other set beside the settings, and what is written in shards where shards are."""
-        state = checkpoint["callbacks"][self._key]
-        if not self._loops.are_of(trainer.optimizers):  # the weights are of another fit
+        state = checkpoint["callbacks"][self.key]
+        if not self.loops.are_of(trainer.optimizers):  # the weights are of another fit
             state["optimizers"] = []
             return
-        if self._loops.others_loaded:
+        if self.loops.others_loaded:
             warnings.warn(f"Lookahead: this checkpoint has one set of weights only: {OTHERS_LOADED}", stacklevel=2)
             state["optimizers"] = []
             return
         folder = writes_folders(trainer.strategy)
-        with self._swap.recalibration.undone():
-            states = [slow.persistence.state_dict(whole=not folder, lean=True) for slow in self._loops.slow_weights]
+        with self.swap.recalibration.undone():
+            states = [slow.persistence.state_dict(whole=not folder, lean=True) for slow in self.loops.slow_weights]
         if folder:
             # What is written by each rank is the module's state and the optimizers': there, torch looks for nothing of
             # this name.
@@ -188,14 +185,14 @@ class CheckpointHooks:
         whose ``state_dict`` may be views of them. The strategy's ``save_checkpoint`` ends
         it, or the next batch where that is never called. What of the ``state_dict`` is not a copy goes with the swap.
         """
-        if self._in_batch or any(slow.parameters.sharded for slow in self._loops.slow_weights):
+        if self._in_batch or any(slow.parameters.sharded for slow in self.loops.slow_weights):
             return
         self._shown = [
-            slow for slow in self._loops.slow_weights if slow.inner_loop.watches and slow.active != self._weights
+            slow for slow in self.loops.slow_weights if slow.inner_loop.watches and slow.active != self.weights
         ]
-        live = {storage_key(value): p for slow in self._shown for p, value in slow.values(self._weights).items()}
+        live = {storage_key(value): p for slow in self._shown for p, value in slow.values(self.weights).items()}
         for slow in self._shown:
-            slow.swap_to(self._weights)
+            slow.swap_to(self.weights)
         for name, value in state_dict.items():
             parameter = live.get(storage_key(value)) if isinstance(value, torch.Tensor) else None
             if parameter is not None:
@@ -205,7 +202,7 @@ class CheckpointHooks:
     def _end_showing(self) -> None:
         shown, self._shown = self._shown, []
         for slow in shown:
-            slow.swap_to(OTHER[self._weights])
+            slow.swap_to(OTHER[self.weights])
         for state_dict, name, value in self._replaced:
             state_dict[name] = value
         self._replaced = []
@@ -219,21 +216,16 @@ class CheckpointHooks:
         if strategy.restore_checkpoint_after_setup or module is None:  # they load the module and optimizers here, too
             checkpoint = original(path, *args, **kwargs)
             folder = strategy.broadcast(path)
-            ours = (checkpoint.get("callbacks") or {}).get(self._key)
-            if (
-                ours is not None
-                and self._loops.slow_weights
-                and module is not None
-                and module.trainer.state.fn == "fit"
-            ):
+            ours = (checkpoint.get("callbacks") or {}).get(self.key)
+            if ours is not None and self.loops.slow_weights and module is not None and module.trainer.state.fn == "fit":
                 check_saved(ours)
-                load_folder(folder, ours["optimizers"], self._loops.slow_weights)
+                load_folder(folder, ours["optimizers"], self.loops.slow_weights)
             return checkpoint
         if strategy.optimizers is self._optimizers_before:  # the run is about to begin: no sweep of a tuner is undone
             state_dict = module.state_dict()
             self._before_loading = dict(zip(state_dict, copies(state_dict.values()), strict=True))
         checkpoint = original(path, *args, **kwargs)
-        ours = (checkpoint.get("callbacks") or {}).get(self._key)
+        ours = (checkpoint.get("callbacks") or {}).get(self.key)
         if ours is not None:
             upgrade(checkpoint, ours)
             check_saved(ours)
@@ -243,7 +235,7 @@ class CheckpointHooks:
         """Take what a checkpoint has for the fit that goes on from it."""
         if trainer.state.fn != "fit":
             return
-        saved = checkpoint["callbacks"].get(self._key)
+        saved = checkpoint["callbacks"].get(self.key)
         if saved is None:
             warnings.warn(
                 "The checkpoint was made without LookaheadCallback: slow and fast weights both start from its weights.",
@@ -251,7 +243,7 @@ class CheckpointHooks:
             )
             return
         check_saved(saved)
-        warn_of_differences(saved, self._settings)
+        warn_of_differences(saved, self.settings)
         # Out of the callback's state, of which Lightning makes a deep copy for `load_state_dict`.
         self._restored = saved.pop("optimizers")
         saved["optimizers"] = []
@@ -261,20 +253,20 @@ class CheckpointHooks:
             state.update(carried.get(str(at), {}))
         # WeightAveraging puts its average in the place of what the module held, and that beside it.
         self._restored_model = checkpoint.get("current_model_state", checkpoint.get("state_dict", {}))
-        if self._monitor is not None and "monitor" in saved:
-            self._monitor.load_state_dict(saved["monitor"])
+        if self.monitor is not None and "monitor" in saved:
+            self.monitor.load_state_dict(saved["monitor"])
         self._load_states()
 
     def _load_states(self) -> None:
         # The Trainer loads callbacks before there are optimizers (one device, DDP) or after (sharded strategies).
-        if not self._loops.slow_weights:
+        if not self.loops.slow_weights:
             return
-        if self._restored and len(self._restored) != len(self._loops.slow_weights):
+        if self._restored and len(self._restored) != len(self.loops.slow_weights):
             message = (
                 f"The checkpoint was made with {len(self._restored)} optimizers, and configure_optimizers gives"
-                f" {len(self._loops.slow_weights)}: resume with the same optimizers."
+                f" {len(self.loops.slow_weights)}: resume with the same optimizers."
             )
             raise ValueError(message)
-        for slow, state in zip(self._loops.slow_weights, self._restored, strict=False):
+        for slow, state in zip(self.loops.slow_weights, self._restored, strict=False):
             slow.persistence.load_state_dict(state, self._restored_model)  # whose settings are those of the callback
         self._restored, self._restored_model = [], {}

@@ -14,6 +14,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
+from lightning_lookahead._lightning import has_run_a_batch
 from lightning_lookahead.checkpointing import read_checkpoint
 
 from .callback import LookaheadCallback
@@ -149,16 +150,9 @@ class LookaheadCLI(LightningCLI):
         try:
             yield
         except Exception as error:
-            if self._has_begun():
+            if hasattr(self, "trainer") and has_run_a_batch(self.trainer):
                 raise
             self._refuse(error)
-
-    def _has_begun(self) -> bool:
-        trainer = getattr(self, "trainer", None)
-        if trainer is None:
-            return False
-        loops = trainer.fit_loop.epoch_loop, trainer.fit_loop.epoch_loop.val_loop, trainer.validate_loop
-        return any(loop.batch_progress.total.started for loop in (*loops, trainer.test_loop, trainer.predict_loop))
 
     def _refuse(self, error: Exception) -> NoReturn:
         """Say what is wrong: of a checkpoint, if there is one that cannot be read."""
@@ -170,7 +164,7 @@ class LookaheadCLI(LightningCLI):
             pass  # it is whole, and holds objects
         except ValueError as damage:
             self.parser.error(f"ckpt_path={path} cannot be read as a checkpoint: {damage}")
-        if not isinstance(error, (ValueError, OSError, RuntimeError, MisconfigurationException)):
+        if not isinstance(error, (ValueError, OSError, RuntimeError, UnpicklingError, MisconfigurationException)):
             raise error
         self.parser.error(str(error), error)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from lightning_lookahead._lightning import averages, has_class_named, training_loss
@@ -12,7 +13,7 @@ from lightning_lookahead.outer_loop.adaptive import AdaptiveAlpha, TrainingLoss
 from lightning_lookahead.outer_loop.batch_norm import check_statistics
 
 from .checkpoint_hooks import CheckpointHooks
-from .outer_loops import OuterLoops, check_sharded_options
+from .outer_loops import OuterLoops
 from .validation_swap import ValidationSwap
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 SyncOptimizers = Literal["independently", "together"]
 
 
+@dataclass(eq=False)
 class Fit:
     """What a callback has from the setup of a fit until the next one.
 
@@ -39,23 +41,20 @@ class Fit:
         monitor: What evaluates after inner steps and syncs of the first optimizer.
     """
 
-    def __init__(  # noqa: PLR0917 (the options of the callback that matter within a fit)
-        self,
-        key: str,
-        settings: Settings,
-        told: dict[str, Any],
-        weights: Weights,
-        sync_optimizers: SyncOptimizers,
-        recalibrate: bool | int,  # noqa: FBT001
-        monitor: InnerOuterMonitor | None,
-    ) -> None:
-        self._settings, self._weights, self._recalibrate, self._monitor = settings, weights, recalibrate, monitor
-        self._together = sync_optimizers == "together"
+    key: str
+    settings: Settings
+    told: dict[str, Any]
+    weights: Weights
+    sync_optimizers: SyncOptimizers
+    recalibrate: bool | int
+    monitor: InnerOuterMonitor | None
+
+    def __post_init__(self) -> None:
         self._step_hooks: list[Any] = []  # on the optimizers, under manual optimization
         self._trainer: Trainer | None = None  # while training is under way
         self.loops = OuterLoops()
-        self.swap = ValidationSwap(self.loops, weights, recalibrate)
-        self.checkpoints = CheckpointHooks(key, told, self.loops, weights, self.swap, monitor)
+        self.swap = ValidationSwap(self.loops, self.weights, self.recalibrate)
+        self.checkpoints = CheckpointHooks(self.key, self.told, self.loops, self.weights, self.swap, self.monitor)
 
     def start(
         self, trainer: Trainer, pl_module: LightningModule, exclude: list[str], *, log_distance: bool, check_ranks: bool
@@ -65,12 +64,14 @@ class Fit:
         if not optimizers:
             warnings.warn("configure_optimizers gave no optimizer: there is nothing to look ahead with.", stacklevel=2)
             return
-        options = {"module": trainer.strategy.model, "model_weights": self._weights, "measure_distance": log_distance}
-        self.loops.add(optimizers, self._settings, exclude, pl_module, **options)
-        if any(slow.parameters.sharded for slow in self.loops.slow_weights):
-            slow_device = self._settings.slow_device
-            check_sharded_options(log_distance=log_distance, check_ranks=check_ranks, slow_device=slow_device)
-        if self._recalibrate:
+        options = {"module": trainer.strategy.model, "model_weights": self.weights, "measure_distance": log_distance}
+        self.loops.add(optimizers, self.settings, exclude, pl_module, **options)
+        alone = {"log_distance": log_distance, "check_ranks": check_ranks, "slow_device": self.settings.slow_device}
+        for name, value in alone.items():  # they look at all of the weights
+            if value and any(slow.parameters.sharded for slow in self.loops.slow_weights):
+                message = f"{name}={value!r} does not work with a strategy that shards the weights: leave it out."
+                raise ValueError(message)
+        if self.recalibrate:
             check_statistics(pl_module, "recalibrate_batch_norm")
         if not pl_module.automatic_optimization:
             self._sync_in_steps(trainer)
@@ -80,7 +81,7 @@ class Fit:
         """Sync right after the step that ends a cycle: under manual optimization a batch may have several."""
         if self._needs_loss:
             message = (
-                f"alpha={self._settings.alpha} needs the loss that training_step returns, and this module optimizes by"
+                f"alpha={self.settings.alpha} needs the loss that training_step returns, and this module optimizes by"
                 " hand: take AdaptiveAlpha('fisher'), a number or a schedule."
             )
             raise ValueError(message)
@@ -95,8 +96,8 @@ class Fit:
         for slow in self.loops.slow_weights:
             slow.swap_to("fast")
             slow.persistence.begin()
-        if self._monitor is not None and self.loops.slow_weights:
-            self._monitor.begin(trainer, self.loops.slow_weights[0])
+        if self.monitor is not None and self.loops.slow_weights:
+            self.monitor.begin(trainer, self.loops.slow_weights[0])
         for slow in self.loops.slow_weights:  # a checkpoint may be of between the k-th step and its on_train_batch_end
             self.sync_due(trainer, slow)
         self.checkpoints.keep_loaded()
@@ -111,13 +112,13 @@ class Fit:
 
     @property
     def _needs_loss(self) -> bool:
-        return isinstance(self._settings.alpha, AdaptiveAlpha) and self._settings.alpha.needs_loss
+        return isinstance(self.settings.alpha, AdaptiveAlpha) and self.settings.alpha.needs_loss
 
     def sync_due(self, trainer: Trainer, slow: SlowWeights, *_: object) -> None:
         """After a step of the optimizer of ``slow``: do Algorithm 1's outer step, if it is time."""
-        if self._monitor is not None and slow is self.loops.slow_weights[0]:
-            self._monitor.after_step(trainer, slow)
-        due = self.loops.due(slow, together=self._together)
+        if self.monitor is not None and slow is self.loops.slow_weights[0]:
+            self.monitor.after_step(trainer, slow)
+        due = self.loops.due(slow, together=self.sync_optimizers == "together")
         for each in due:
             each.sync()
         self._record(trainer, due)
@@ -132,8 +133,8 @@ class Fit:
             self._record(self._trainer, [slow])
 
     def _record(self, trainer: Trainer, synced: list[SlowWeights]) -> None:
-        if self._monitor is not None and any(slow is self.loops.slow_weights[0] for slow in synced):
-            self._monitor.after_sync(trainer, self.loops.slow_weights[0])
+        if self.monitor is not None and any(slow is self.loops.slow_weights[0] for slow in synced):
+            self.monitor.after_sync(trainer, self.loops.slow_weights[0])
 
     def end(self, trainer: Trainer, *, sync_unfinished: bool) -> None:
         """End training, once more synced or not, with one set in the module or an average of another callback."""
@@ -142,11 +143,11 @@ class Fit:
             if slow.cycles.steps_since_sync:
                 slow.sync(begun=True)
                 self._record(trainer, [slow])
-        if self._monitor is not None and self.loops.counting:
-            self._monitor.end(trainer)
+        if self.monitor is not None and self.loops.counting:
+            self.monitor.end(trainer)
         averaged = averages(trainer)
         if not averaged:
-            self.loops.swap_to(self._weights)
+            self.loops.swap_to(self.weights)
         self._stop()
         self.loops.follow()
         if averaged or not self.loops.left:  # what others load when training has ended is not what we left
@@ -158,8 +159,8 @@ class Fit:
         self._stop()
         self.checkpoints.undo(trainer, pl_module)
         self.loops.leave()
-        if self._monitor is not None:
-            self._monitor.let_go()
+        if self.monitor is not None:
+            self.monitor.let_go()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_trainer": None}

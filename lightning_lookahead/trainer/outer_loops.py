@@ -34,11 +34,12 @@ class OuterLoops:
 
     Attributes:
         slow_weights: One for each optimizer, in their order.
+        left: The fingerprint of what the fit has left in the module, of each, when it has ended.
     """
 
     def __init__(self) -> None:
         self.slow_weights: list[SlowWeights] = []
-        self._left: list[list[int]] = []  # the fingerprints of both sets of each when the fit ended
+        self.left: list[list[int]] = []
 
     def add(
         self,
@@ -131,19 +132,14 @@ class OuterLoops:
 
     def leave(self) -> None:
         """Remember what the fit leaves in the module."""
-        self._left = [slow.pairs.fingerprint(slow.parameters.module) for slow in self.slow_weights]
-
-    @property
-    def left(self) -> bool:
-        """Whether a fit has left something."""
-        return bool(self._left)
+        self.left = [slow.pairs.fingerprint(slow.parameters.module) for slow in self.slow_weights]
 
     @property
     def others_loaded(self) -> bool:
         """Whether the module holds other weights than those that the fit has left in it: both sets are of that fit."""
         return any(
             slow.pairs.fingerprint(slow.parameters.module) != left
-            for slow, left in zip(self.slow_weights, self._left, strict=False)
+            for slow, left in zip(self.slow_weights, self.left, strict=False)
         )
 
 
@@ -179,11 +175,3 @@ def owned_by_others(optimizers: list[Optimizer], pl_module: LightningModule) -> 
         )
         warnings.warn(message, stacklevel=2)
     return found
-
-
-def check_sharded_options(**options: object) -> None:
-    """Raise if an option is set that looks at all of the weights, where each rank has a piece of them only."""
-    for name, value in options.items():
-        if value:
-            message = f"{name}={value!r} does not work with a strategy that shards the weights: leave it out."
-            raise ValueError(message)

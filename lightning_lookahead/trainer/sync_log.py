@@ -17,8 +17,7 @@ def figures(slow_weights: Sequence[SlowWeights], *, syncs: bool) -> dict[str, fl
         own: dict[str, float] = {}
         if syncs:
             own["syncs"] = float(slow.syncs)
-            varies = not isinstance(slow.settings.alpha, (int, float)) or len(slow.cycles) > 1
-            if slow.alpha.last is not None and varies:
+            if slow.alpha.last is not None and (not isinstance(slow.settings.alpha, float) or len(slow.cycles) > 1):
                 own["alpha"] = slow.alpha.last
         if slow.last_distance is not None:
             own["distance"] = float(slow.last_distance)
