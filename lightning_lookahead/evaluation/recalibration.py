@@ -34,7 +34,7 @@ def check_recalibrate(value: object, eval_weights: Weights | None = None) -> Non
         value: What was given.
         eval_weights: The one set that is validated; ``None``: both.
     """
-    if value and eval_weights == "fast":
+    if eval_weights == "fast" and value:  # a loader is asked for its length: not all have one
         message = (
             f"recalibrate_batch_norm={value!r} does nothing with eval_weights='fast', which the statistics belong to:"
             " leave it out."

@@ -1,4 +1,4 @@
-"""One outer loop into a state dict and out of it. Imports torch alone; the keys are in `_saved_format`."""
+"""One outer loop into a state dict and out of it. The keys are in `saved_format`."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Pending:
         checksums: Of the values that the model was saved with, for the parameters where that is known.
         loaded: Parameter -> what the model's ``state_dict`` had for it, where the parameter itself has rounded that.
         changed: Parameters whose values in the model's ``state_dict`` were changed after they were read.
-        trained: Parameters that had a second tensor: right after a sync there is no value for them here.
+        trained: Parameters that had a counterpart: right after a sync there is no value for them here.
         idle: Parameters without a gradient since the last sync; ``None``: all of them.
         placed: Whether it was put in its place once.
         left_out: Parameters that it was not put in place for.
@@ -158,12 +158,13 @@ class Persistence:
                 name: {p: momentum.get(name, {}).get(p, torch.zeros_like(p)) for p in self.pairs.counterparts}
                 for name in self.momentum.names
             }
-        by_name = self._shards(weights, momentum, whole=whole) if self.parameters.sharded else {}
-        state = {**self.counters(), **(by_name or self._named(weights, momentum))}
+        sharded = self.parameters.sharded
+        tensors = self._shards(weights, momentum, whole=whole) if sharded else self._named(weights, momentum)
+        state = {**self.counters(), **tensors}
         if self.statistics.names:
             other = OTHER[self.saved_with]
-            held = dict(zip(self.statistics.names, copies(self.statistics.live), strict=True))
-            state["statistics"] = {other: held if other == self.pairs.active else self.statistics.counterparts()}
+            values = self.statistics.live if other == self.pairs.active else self.statistics.kept
+            state["statistics"] = {other: dict(zip(self.statistics.names, copies(values), strict=True))}
         return {name: value for name, value in state.items() if value or name not in {"momentum", "weights"}}
 
     def _weights(self, *, lean: bool) -> Entries:

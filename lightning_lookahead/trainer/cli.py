@@ -72,7 +72,7 @@ class LookaheadTrainer(Trainer):
 
 
 class OneLineParser(LightningArgumentParser):
-    """A parser that refuses in one line, with exit code 2. With ``JSONARGPARSE_DEBUG=1`` there is a traceback, too."""
+    """A parser that refuses in one line, with exit code 2. ``JSONARGPARSE_DEBUG=true`` shows the traceback, too."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if not self.exit_on_error or "JSONARGPARSE_DEBUG" in os.environ:  # it tries one type after the other
@@ -164,6 +164,8 @@ class LookaheadCLI(LightningCLI):
             pass  # it is whole, and holds objects
         except ValueError as damage:
             self.parser.error(f"ckpt_path={path} cannot be read as a checkpoint: {damage}")
+        if hasattr(self, "trainer"):  # what was given could be made: it may be the user's own code
+            sys.stderr.write("JSONARGPARSE_DEBUG=true shows the traceback.\n")
         if not isinstance(error, (ValueError, OSError, RuntimeError, UnpicklingError, MisconfigurationException)):
             raise error
         self.parser.error(str(error), error)

@@ -125,15 +125,19 @@ class Fit:
 
     def sync_now(self) -> None:
         """Do the outer step of every optimizer."""
-        if self._trainer is None:
+        if not self.loops.counting:
             message = "sync_now() was called outside of a fit: there is nothing to sync."
             raise RuntimeError(message)
         for slow in self.loops.counting:
             slow.sync()
             self._record(self._trainer, [slow])
 
-    def _record(self, trainer: Trainer, synced: list[SlowWeights]) -> None:
-        if self.monitor is not None and any(slow is self.loops.slow_weights[0] for slow in synced):
+    def _record(self, trainer: Trainer | None, synced: list[SlowWeights]) -> None:
+        if (
+            trainer is not None
+            and self.monitor is not None
+            and any(slow is self.loops.slow_weights[0] for slow in synced)
+        ):
             self.monitor.after_sync(trainer, self.loops.slow_weights[0])
 
     def end(self, trainer: Trainer, *, sync_unfinished: bool) -> None:

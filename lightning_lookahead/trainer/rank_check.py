@@ -35,9 +35,9 @@ class RankCheck:
         Raises:
             RuntimeError: If a rank has drifted.
         """
-        names = names_in(pl_module)
         for before, slow in zip(self._checked, slow_weights, strict=True):
             if slow.syncs != before and trainer.world_size > 1:
+                names = names_in(pl_module)
                 check_ranks({names.get(p, ["(of another module)"])[0]: p for p in slow.values("fast")})
         self.begin(slow_weights)
 

@@ -243,6 +243,16 @@ def test_a_recalibration_that_fails_leaves_the_layers_as_they_were():
         assert same(now, then)
 
 
+def test_batches_that_are_given_need_not_have_a_length():
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            yield from images(8, 2)
+
+    trainer, model, _ = trained(7, Classifier())
+    listed = compare_weights(trainer, model, recalibrate_batch_norm=DataLoader(list(Stream()), batch_size=8))
+    assert compare_weights(trainer, model, recalibrate_batch_norm=DataLoader(Stream(), batch_size=8)) == listed
+
+
 def test_no_more_training_data_are_used_than_in_training():
     class Endless(torch.utils.data.IterableDataset):
         def __iter__(self):

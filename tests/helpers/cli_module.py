@@ -30,6 +30,12 @@ class Failing(Model):
         raise ValueError(message)
 
 
+class Unset(Model):
+    def setup(self, stage):
+        message = "of the model's own"
+        raise ValueError(message)
+
+
 class Mislogging(Model):
     def training_step(self, batch, batch_idx):
         self.log("x", "hello")

@@ -242,6 +242,16 @@ def test_an_error_of_the_model_keeps_its_traceback(model, message):
     assert message in done.stderr
 
 
+def test_before_the_first_batch_it_says_how_to_see_the_traceback(monkeypatch):
+    arguments = ["fit", "--model=tests.helpers.cli_module.Unset", OURS[1], *QUIET, "--trainer.logger=false"]
+    *_, way, last = run(*arguments, expect=2).stderr.splitlines()
+    assert (way, last) == ("JSONARGPARSE_DEBUG=true shows the traceback.", "error: of the model's own")
+    monkeypatch.setenv("JSONARGPARSE_DEBUG", "true")
+    done = run(*arguments, "--trainer.default_root_dir=again", expect=1)  # where a config is saved, which is once
+    assert "Traceback" in done.stderr
+    assert "in setup" in done.stderr
+
+
 class Unparsed(LookaheadCLI):
     """Its parsers, without anything to parse."""
 

@@ -4,7 +4,7 @@ import pytest
 
 from lightning_lookahead import LookaheadCallback
 from tests.helpers.oracle import lookahead
-from tests.helpers.runs import Regression, both, equal, fit, reference
+from tests.helpers.runs import Regression, both, equal, fit, make_trainer, reference
 
 
 def started_late(steps, start, k=3):
@@ -64,6 +64,23 @@ def test_sync_now_syncs_all_and_only_within_a_fit():
     assert callback.slow_weights[0].syncs == 3  # after steps 3, 4 and 7
     with pytest.raises(RuntimeError, match="outside of a fit"):
         callback.sync_now()
+
+
+def test_sync_now_has_nothing_to_do_without_an_optimizer_and_something_before_the_first_step():
+    class Asking(Regression):
+        def on_train_start(self):
+            callback.sync_now()
+
+        def on_validation_epoch_start(self):
+            callback.sync_now()
+
+    callback = LookaheadCallback(k=3, eval_weights="fast")
+    make_trainer(callback, max_steps=2, num_sanity_val_steps=1, limit_val_batches=1).fit(Asking(batches=2))
+    assert callback.slow_weights[0].syncs == 3  # in the sanity check, at the start, and in the validation
+    module = Asking(batches=2)
+    module.configure_optimizers = lambda: None
+    with pytest.warns(UserWarning, match="nothing to look ahead with"), pytest.raises(RuntimeError, match="outside of"):
+        make_trainer(callback, max_steps=2, num_sanity_val_steps=1).fit(module)
 
 
 @pytest.mark.parametrize("steps", [6, 8])
