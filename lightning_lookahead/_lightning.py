@@ -1,8 +1,8 @@
-"""What of Lightning is private, patched, or there twice.
+"""Lightning's private names, patches of it, and its two packages.
 
-Lightning comes as two packages, ``lightning.pytorch`` and ``pytorch_lightning``, with a class of each kind in both.
-Whichever the user has is used and the other is not imported (it would take over the first one's log messages); classes
-are told by name.
+``lightning.pytorch`` and ``pytorch_lightning`` are two packages with the same classes. The one that the user has
+imported is used, and the other is not imported: it would take over the first one's log messages. Classes are told by
+name.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ _UNSUPPORTED_STRATEGIES = {
 
 
 def join_packages(callback_class: type[Callback]) -> None:
-    """Make a callback class one of both packages where both are there: each one's Trainer takes only its own."""
+    """Let a callback class inherit from each imported package's Callback: a Trainer takes only its own package's."""
     for name in ("lightning.pytorch", "pytorch_lightning"):
         package = sys.modules.get(name)
         if package is not None and not issubclass(callback_class, package.Callback):
@@ -63,12 +63,12 @@ def has_class_named(instance: object, names: Iterable[str]) -> bool:
 
 def callbacks_of(trainer: Trainer) -> list[Callback]:
     """The Trainer's callbacks, in the order in which they are called."""
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a part of the Trainer
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by one of the Trainer's connectors
     return callbacks
 
 
 def move_to_front(trainer: Trainer, callback: Callback) -> None:
-    """Let a callback come before all others but the tuners, which Lightning sorts there."""
+    """Let a callback come before all others but the tuners, which Lightning puts first."""
     others = [other for other in callbacks_of(trainer) if other is not callback]
     ahead = sum(has_class_named(other, TUNERS) for other in others)
     trainer.callbacks = [*others[:ahead], callback, *others[ahead:]]  # type: ignore[attr-defined]
@@ -90,7 +90,7 @@ def unlogged(pl_module: LightningModule) -> Iterator[None]:
 
 
 def training_loss(trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> Tensor:
-    """What ``training_step`` returns for a batch, once more, without what it logs."""
+    """The loss of ``training_step`` for a batch, computed again; nothing is logged."""
     with unlogged(pl_module), trainer.precision_plugin.train_step_context():
         takes_index = len(inspect.signature(pl_module.training_step).parameters) > 1
         output = pl_module.training_step(*([batch, batch_idx] if takes_index else [batch]))
@@ -117,31 +117,31 @@ def check_trainer(trainer: Trainer) -> None:
 
 
 def combined_loader(loop: Any) -> CombinedLoader | None:
-    """What a loop of the Trainer iterates, once it has loaded it: the public names do not say how it is combined."""
+    """The loader that a loop of the Trainer iterates; ``None`` before it is made. No public name has its mode."""
     return cast("CombinedLoader | None", loop._combined_loader)
 
 
 def parts_of(loader: CombinedLoader) -> tuple[Any, Any]:
-    """The loaders in a combined one, and how they are combined."""
+    """The loaders in a combined one, and the mode that combines them."""
     return loader.iterables, loader._mode
 
 
 def validation_data(trainer: Trainer) -> Any:
-    """What a fit will validate on, ``None`` for nothing; to load it for its loop would move that on."""
+    """The data that a fit will validate on, ``None`` for nothing. Setting up the loop would move it on."""
     source = trainer.fit_loop.epoch_loop.val_loop._data_source
     return source.dataloader() if source.is_defined() else None
 
 
 def transferred(trainer: Trainer, batch: Any, index: int) -> Any:
-    """A batch of the loader of this index as the step methods get it: what Lightning's loops do."""
+    """A batch of the loader of this index, as Lightning's loops hand it to the step methods."""
     converted = trainer.precision_plugin.convert_input(batch)
-    # It alone knows whether the module or the data module has that hook.
+    # The private method knows whether the module or the data module has the hook.
     converted = trainer.lightning_module._on_before_batch_transfer(converted, dataloader_idx=index)
     return trainer.strategy.batch_to_device(converted, dataloader_idx=index)
 
 
 def has_run_a_batch(trainer: Trainer) -> bool:
-    """Whether a batch of anything was begun."""
+    """Whether a batch was begun in any loop."""
     fit = trainer.fit_loop.epoch_loop
     loops = fit, fit.val_loop, trainer.validate_loop, trainer.test_loop, trainer.predict_loop
     return any(loop.batch_progress.total.ready for loop in loops)

@@ -1,4 +1,4 @@
-"""Checkpoints without a Trainer, files and folders of shards: either set of weights, and the newest whole one."""
+"""Checkpoints without a Trainer, files and folders of shards: to load one set of weights, to find the newest."""
 
 from __future__ import annotations
 
@@ -63,13 +63,13 @@ def load_weights(
 def newest_checkpoint(folder: str | os.PathLike[str], pattern: str = "*.ckpt") -> Path | None:
     """Find the newest whole checkpoint in a folder, to go on from after a kill.
 
-    One that was cut off is passed over: a file whose end or one of whose parts is missing or altered, a folder of
-    shards without its list or with a shard that is missing or too short. A file is not passed over for the objects that
-    it holds: nothing in it is run.
+    A damaged one is passed over: a file whose end or one of whose parts is missing or altered, a folder of shards
+    without its list or with a shard that is missing or too short. A whole file counts whatever objects it holds:
+    nothing in it is run.
 
     Args:
         folder: Where to look, subfolders left out.
-        pattern: What names match.
+        pattern: A glob pattern of names.
 
     Returns:
         Its path; ``None`` if there is none.
@@ -99,7 +99,7 @@ def _is_whole(path: Path) -> bool:
 
 
 def _is_archive(path: str | os.PathLike[str]) -> bool:
-    """Whether a file is one of today's `torch.save`, perhaps damaged: it begins as an archive does and has its end."""
+    """Whether a file is a zip archive, as `torch.save` writes them, perhaps a damaged one."""
     try:
         return zipfile.is_zipfile(path)
     except zipfile.BadZipFile:
@@ -107,7 +107,7 @@ def _is_archive(path: str | os.PathLike[str]) -> bool:
 
 
 def _is_of_old(path: Path) -> bool:
-    """Whether a file is one of before torch 1.6, which has no checksums and has to be read."""
+    """Whether a file is a whole one of before torch 1.6: it has no checksums and has to be read."""
     try:
         torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # noqa: BLE001 (whatever a damaged file raises)
@@ -116,7 +116,7 @@ def _is_of_old(path: Path) -> bool:
 
 
 def _has_all_shards(path: Path) -> bool:
-    """Whether each shard's file is as long as the list says."""
+    """Whether each shard's file is as long as the folder's list says."""
     ends: dict[str, int] = {}
     for place in FileSystemReader(path).read_metadata().storage_data.values():
         ends[place.relative_path] = max(ends.get(place.relative_path, 0), place.offset + place.length)
@@ -124,11 +124,11 @@ def _has_all_shards(path: Path) -> bool:
 
 
 def _damaged_part(path: str | os.PathLike[str], ending: str = "") -> str | None:
-    """The first part of a file whose bytes are not those that were written, as the file's own checksums say.
+    """The name of the first part of a file that does not have its checksum in the file.
 
     Args:
         path: The file.
-        ending: What the names of the parts that are read end in.
+        ending: Only parts whose names end so are read.
     """
     name = "its list of parts"
     try:
@@ -160,7 +160,7 @@ def weights_in(checkpoint: dict[str, Any], weights: Weights, path: str | os.Path
 
 def _weights_in(checkpoint: dict[str, Any], weights: Weights, path: str | os.PathLike[str]) -> dict[str, Tensor]:
     saved = _callback_state(checkpoint, path)
-    # WeightAveraging puts its average in the place of what the module held, and that beside it.
+    # WeightAveraging saves its average as the state_dict, and what the module held beside it.
     state_dict = dict(checkpoint.get("current_model_state", checkpoint["state_dict"]))
     spelt = {bare(name): name for name in state_dict}
     aliases = {name: names for names in saved.get("aliases", []) for name in names}
@@ -195,7 +195,7 @@ def _tensors(state_dict: dict[str, Any]) -> list[tuple[str, Tensor]]:
 
 
 def _in_shards(checkpoint: dict[str, Any], at: int) -> dict[str, Any]:
-    """What the state of the first optimizer has for an outer loop, in a folder or in a file that was made of one."""
+    """An outer loop's tensors in the state of the first optimizer, in a folder or in a file that was made of one."""
     first: dict[str, Any] = next(iter(checkpoint.get("optimizer_states", [])), {})
     own: dict[str, Any] = first.get(SHARDS, {}).get(str(at), {})
     return own
@@ -204,16 +204,16 @@ def _in_shards(checkpoint: dict[str, Any], at: int) -> dict[str, Any]:
 def _check_values(
     values: dict[str, Any], sums: dict[str, int], path: str | os.PathLike[str], *, others_may_change: bool = False
 ) -> None:
-    """Raise if a value is not what was saved; where others may change it while saving, if the file is damaged, too."""
+    """Raise if a value lacks its checksum; with ``others_may_change`` only if the file itself is damaged, too."""
     wrong = next((name for name, value in values.items() if name in sums and checksum(value) != sums[name]), None)
     if wrong is None or (others_may_change and (Path(path).is_dir() or _damaged_part(path) is None)):
         return
-    message = f"{path} is damaged: {wrong!r} has not the values that it was saved with. Take another checkpoint."
+    message = f"{path} is damaged: {wrong!r} does not have the values that it was saved with. Take another checkpoint."
     raise ValueError(message)
 
 
 def _read_shards(path: Path, *, weights_only: bool) -> dict[str, Any]:
-    """Put a folder of shards together as if it were one file, with nothing of the optimizers but what is ours."""
+    """Put a folder of shards together as one file, of the optimizers only the outer loops' tensors."""
     checkpoint: dict[str, Any] = torch.load(path / "meta.pt", map_location="cpu", weights_only=weights_only)
     reader = FileSystemReader(path)
     entries = {
@@ -227,7 +227,7 @@ def _read_shards(path: Path, *, weights_only: bool) -> dict[str, Any]:
         for name, entry in {**entries, **{name: entry for name, (_, entry) in ours.items()}}.items()
     }
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as it should be here
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # on purpose
         load_shards(tensors, storage_reader=reader, no_dist=True)
     states: dict[str, Any] = {}
     for full, ((at, part, entry, name), _) in ours.items():
@@ -247,14 +247,15 @@ def _check_there(path: str | os.PathLike[str]) -> None:
 
 
 def read_checkpoint(path: str | os.PathLike[str], *, weights_only: bool) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU: a file, or of a folder of shards the weights and what is ours of the rest."""
+    """Read a checkpoint onto the CPU: a file, or a folder of shards without the optimizers' own state."""
     _check_there(path)
     try:
         if Path(path).is_dir():
             checkpoint = _read_shards(Path(path), weights_only=weights_only)
         else:
-            if _is_archive(path) and _damaged_part(path, "/data.pkl"):  # the names: the weights have checksums
-                raise zipfile.BadZipFile  # noqa: TRY301 (said below, as of other damage)
+            # Of the parts only the names are checked here: the tensors have checksums of ours.
+            if _is_archive(path) and _damaged_part(path, "/data.pkl"):
+                raise zipfile.BadZipFile  # noqa: TRY301 (reported below like other damage)
             checkpoint = _as_a_trainer_writes(torch.load(path, map_location="cpu", weights_only=weights_only))
     except Exception as error:
         forbidden = _forbidden(error) if weights_only else None
@@ -278,7 +279,7 @@ def read_checkpoint(path: str | os.PathLike[str], *, weights_only: bool) -> dict
 
 
 def _as_a_trainer_writes(checkpoint: Any) -> Any:
-    """A file with the keys of a Trainer: one that Fabric's tool has made of a folder of shards has the folder's."""
+    """A checkpoint with a Trainer's keys: Fabric's tool, which makes a file of a folder, leaves the folder's keys."""
     if isinstance(checkpoint, dict):
         if "state_dict" not in checkpoint and "model" in checkpoint:
             checkpoint["state_dict"] = checkpoint.pop("model")
@@ -288,7 +289,7 @@ def _as_a_trainer_writes(checkpoint: Any) -> Any:
 
 
 def _forbidden(error: Exception) -> tuple[str, str] | None:
-    """What ``torch.load(weights_only=True)`` has refused, if that is what it says, and how to allow it alone."""
+    """The class that ``torch.load(weights_only=True)`` has refused, if so, and how to allow it alone."""
     blocked = re.search(r"unsupported GLOBAL ([\w.]+) whose module", str(error))
     if blocked:
         return blocked.group(1), ""
@@ -296,14 +297,14 @@ def _forbidden(error: Exception) -> tuple[str, str] | None:
     if not found:
         return None
     name = found.group(1) or found.group(2)
-    if name == "getattr":  # which finds them
+    if name == "getattr":  # unpickles nested classes
         return "an object of a class that is defined inside another one, or a method", ""
     allow = f", or allow this class alone: torch.serialization.add_safe_globals([{name.rpartition('.')[2]}])"
     return f"an object of class {name}", allow
 
 
 def _what_is_damaged(path: Path) -> str:
-    """In a few words, what is wrong with a file."""
+    """What is wrong with a file, in a few words."""
     if not path.is_file():
         return f"{path.name} is missing"
     if not path.stat().st_size:

@@ -1,4 +1,4 @@
-"""Batches from a Trainer's own loaders, made ready as the Trainer makes them, without moving on what it iterates."""
+"""Batches from a Trainer's own loaders, transferred as the Trainer does it, without moving its iterators on."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Loaders:
     Args:
         iterables: One loader, or a collection of them as a Trainer takes it.
         mode: How `CombinedLoader` combines them.
-        limits: How many batches of each, if there is a limit.
+        limits: Most batches of each loader; ``None``: all.
     """
 
     def __init__(self, iterables: Any, mode: Any = "sequential", limits: list[float] | None = None) -> None:
@@ -40,7 +40,7 @@ class Loaders:
 
     @property
     def endless(self) -> bool:
-        """Whether a loader does not say how many batches it has: there may be no end of them."""
+        """Whether a loader has no length: it may never end."""
         return any(sized_len(part) is None for part in self.parts)
 
     def __iter__(self) -> Iterator[tuple[Any, int]]:
@@ -52,7 +52,7 @@ class Loaders:
 
 
 class Given(Loaders):
-    """Batches that were given for the purpose: a loader or a list of batches."""
+    """Batches that the user gave: a loader or a list of batches."""
 
     def __init__(self, batches: Iterable[Any]) -> None:
         self.parts = [batches]
@@ -63,7 +63,7 @@ class Given(Loaders):
 
 @contextmanager
 def stage(trainer: Trainer, *, training: bool) -> Iterator[None]:
-    """Let the Trainer be training, or validating, inside the ``with`` block: transfer hooks augment by that."""
+    """Let the Trainer be training, or validating, inside the ``with`` block: transfer hooks may ask for it."""
     before = trainer.state.stage
     try:
         if training:
@@ -76,11 +76,11 @@ def stage(trainer: Trainer, *, training: bool) -> Iterator[None]:
 
 
 def held_out(trainer: Trainer) -> Loaders:
-    """What a fit that is under way validates on, in the same batches; without any if it validates on nothing."""
+    """The batches that a fit under way validates on; empty if it validates on none."""
     loader = combined_loader(trainer.fit_loop.epoch_loop.val_loop)
     if loader is not None:
         return Loaders(*parts_of(loader), list(trainer.num_val_batches))
-    # Not loaded yet, where the first epochs are not validated. To load it for the loop would move the loop on.
+    # The loop has no loader yet if the first epochs are not validated. Setting it up would move the loop on.
     limit = trainer.limit_val_batches
     iterables = validation_data(trainer) if limit else None
     if iterables is None:
@@ -97,7 +97,7 @@ def held_out(trainer: Trainer) -> Loaders:
 
 
 def for_training(trainer: Trainer) -> Loaders:
-    """What a fit has trained on, or else what the data module or the module gives."""
+    """The batches that a fit has trained on, or else those of the data module or the module."""
     loader = combined_loader(trainer.fit_loop)
     if loader is not None:
         return Loaders(*parts_of(loader))
@@ -117,7 +117,7 @@ def for_training(trainer: Trainer) -> Loaders:
 
 
 def ready(trainer: Trainer, loaders: Loaders, limit: float | None) -> Iterator[Any]:
-    """The first batches, on the device and as the step methods get them."""
+    """The first ``limit`` batches, on the device and as the step methods get them."""
     stop = None if limit is None or limit == float("inf") else int(limit)
     for batch, index in islice(loaders, stop):
         yield transferred(trainer, batch, index)
@@ -131,7 +131,7 @@ def check_repeatable(argument: str, data: object) -> None:
 
 
 def _another(loader: Any) -> Any:
-    """The loader, or one like it if it keeps its workers: to iterate it twice would restart them for both."""
+    """The loader, or a copy if its workers are persistent: iterating it twice would restart them for both."""
     if not isinstance(loader, DataLoader) or not loader.persistent_workers:
         return loader
     other = copy.copy(loader)

@@ -1,4 +1,4 @@
-"""Looking at a module without leaving a trace: random numbers, modes, buffers and metrics are as they were after it."""
+"""Evaluating a module without a trace: random numbers, modes, buffers and metrics are restored."""
 
 from __future__ import annotations
 
@@ -18,17 +18,16 @@ if TYPE_CHECKING:
     from torch import nn
 
 _COUNTS = ("_update_count", "_computed", "_forward_cache")
-"""What a `Metric` keeps beside its states; it has no public way to put a state back."""
+"""Attributes of a `Metric` beside its states; it has no public way to restore a state."""
 
 
 @contextmanager
 def isolated(module: nn.Module, others: Iterable[object] = ()) -> Iterator[None]:
-    """Evaluate a module inside the ``with`` block and find it as it was after it, but for where its tensors are.
+    """Evaluate a module inside the ``with`` block; after it everything but weights and devices is what it was.
 
-    Put back are Python's, NumPy's and torch's random number generators (all devices), those of the module and of
-    ``others`` (loaders, a data module), which modules train, the buffers, and what metrics have gathered. Not the
-    weights. Inside the block the buffers are copies: the module's own are not even written to, which a backward that
-    is yet to come would notice.
+    That is: Python's, NumPy's and torch's random number generators (all devices), generators of the module and of
+    ``others`` (loaders, a data module), which modules train, the buffers, and the states of metrics. Inside the block
+    the buffers are copies: writing to the module's own would be noticed by a backward that is to come.
     """
     generators = {g: g.get_state() for owner in (module, *others) for g in _generators(owner)}
     modes = {part: part.training for part in module.modules()}
@@ -43,7 +42,7 @@ def isolated(module: nn.Module, others: Iterable[object] = ()) -> Iterator[None]
     try:
         yield
     finally:
-        rng.__exit__(None, None, None)  # also after an exception, which it would not do by itself
+        rng.__exit__(None, None, None)  # by hand: it does not restore after an exception
         for generator, state in generators.items():
             generator.set_state(state)
         for part, mode in modes.items():
@@ -53,12 +52,12 @@ def isolated(module: nn.Module, others: Iterable[object] = ()) -> Iterator[None]
             moved = now is not None and now.device != stand_ins[buffer].device and now.device != buffer.device
             setattr(part, name, buffer.to(now.device) if moved else buffer)
         for metric, states in metrics.items():
-            for name, kept in states.items():
-                setattr(metric, name, _on(metric.device, kept))
+            for name, value in states.items():
+                setattr(metric, name, _on(metric.device, value))
 
 
 def _generators(owner: object) -> Iterator[torch.Generator]:
-    """Those of a loader and its samplers; those that a module or data module has, itself or in loaders."""
+    """The generators of a loader and its samplers; or of a module or data module, its own and its loaders'."""
     if isinstance(owner, DataLoader):
         batch_sampler = getattr(owner, "batch_sampler", None)
         holders = (owner, owner.sampler, batch_sampler, getattr(batch_sampler, "sampler", None))
@@ -71,7 +70,7 @@ def _generators(owner: object) -> Iterator[torch.Generator]:
 
 
 def _state_of(metric: Metric) -> dict[str, Any]:
-    # A list state is appended to and cleared in place, its tensors are not changed.
+    # Metrics append to list states and clear them in place; they do not change the tensors in them.
     states = {
         name: copies([state])[0] if isinstance(state, torch.Tensor) else list(state)
         for name, state in metric.metric_state.items()
@@ -79,7 +78,7 @@ def _state_of(metric: Metric) -> dict[str, Any]:
     return {**states, **{name: getattr(metric, name) for name in _COUNTS}}
 
 
-def _on(device: torch.device, kept: Any) -> Any:
-    if isinstance(kept, list):
-        return [_on(device, item) for item in kept]
-    return kept.to(device) if isinstance(kept, torch.Tensor) else kept
+def _on(device: torch.device, value: Any) -> Any:
+    if isinstance(value, list):
+        return [_on(device, item) for item in value]
+    return value.to(device) if isinstance(value, torch.Tensor) else value

@@ -1,4 +1,4 @@
-"""One number for the weights that a module holds: a metric, and a mean loss, over batches that are at hand."""
+"""A metric and a mean loss of the weights that a module holds, over given batches."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def classify(module: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
-    """The step that is taken if none is given: ``x, y`` in a batch make ``module(x), y``."""
+    """The default step: a batch ``x, y`` gives ``module(x), y``."""
     if not isinstance(batch, (list, tuple)) or len(batch) != 2:  # noqa: PLR2004
         message = (
             f"InnerOuterMonitor expects batches of two, (x, y), and got a {type(batch).__name__}: give it a function"
@@ -79,7 +79,7 @@ class Evaluation:
             trainer.precision_plugin.val_step_context(),
         ):
             for part in module.modules():
-                part.training = False  # without eval(), which some modules do more in than in train()
+                part.training = False  # not eval(), in which some modules do more than that
             _agree_on_buffers(root)
             for batch in batches:
                 prediction, target, *loss = self._step(entry(module, root), batch)
@@ -91,9 +91,9 @@ class Evaluation:
                 for value in loss:
                     losses.update(value, len(target) if isinstance(target, Tensor) and target.ndim else 1)
                     counted = True
-            assert self._metric is not None  # noqa: S101 (there is a batch: the monitor has looked)
+            assert self._metric is not None  # noqa: S101 (the monitor raises if there is no batch)
             value = self._metric.compute()
-        reshard(root)  # what an optimizer writes to the shards from here on has to be seen
+        reshard(root)  # the next forward has to see what an optimizer writes to the shards
         if not isinstance(value, Tensor) or value.numel() != 1:
             message = f"metric={self._metric} gives {value}: InnerOuterMonitor needs one that gives one number."
             raise ValueError(message)

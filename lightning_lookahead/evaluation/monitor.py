@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torchmetrics import Metric
 
+from lightning_lookahead._arguments import check_integer
+
 from . import sinks
 from .batches import Given, check_repeatable, held_out, ready, stage
 from .isolation import isolated
@@ -26,7 +28,7 @@ class InnerOuterMonitor:
     """Evaluates held-out data after every inner step of a window, at a sync before and after it.
 
     Given to `LookaheadCallback` as ``monitor``. It changes nothing: weights, random numbers, buffers, modes, metrics of
-    the module and the order of the data are those of the run without it. Each inner step of the window costs one pass
+    the module and the order of the data are as in a run without it. Each inner step of the window costs one pass
     over the held-out data, a sync two. Under DDP and FSDP each rank evaluates its part and the metric is reduced once.
 
     Args:
@@ -87,27 +89,15 @@ class InnerOuterMonitor:
         every_n_syncs: int | None = None,
         save_csv: bool = False,  # noqa: FBT001, FBT002 (YAML and the command line name every argument)
     ) -> None:
-        for name, value, least in (
-            ("updates", updates, 1),
-            ("start", start, 0),
-            ("batches", batches, 1),
-            ("every_n_syncs", every_n_syncs, 1),
-        ):
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
-                message = f"{name}={value!r} is out of range: it must be an integer of at least {least}."
-                raise ValueError(message)
         if metric is not None and not isinstance(metric, Metric):
             message = f"metric={metric!r} is a {type(metric).__name__}; it must be a torchmetrics Metric."
             raise TypeError(message)
         check_repeatable("data", data)
-        self.updates = updates
-        self.start = start
-        self.batches = batches
-        self.metric = metric
-        self.step = step
-        self.data = data
-        self.every_n_syncs = every_n_syncs
-        self.save_csv = save_csv
+        self.updates = check_integer(updates, "updates", 1)
+        self.start = None if start is None else check_integer(start, "start", 0)
+        self.batches = None if batches is None else check_integer(batches, "batches", 1)
+        self.every_n_syncs = None if every_n_syncs is None else check_integer(every_n_syncs, "every_n_syncs", 1)
+        self.metric, self.step, self.data, self.save_csv = metric, step, data, save_csv
         self.reset()
 
     def reset(self) -> None:
@@ -124,7 +114,7 @@ class InnerOuterMonitor:
     # -- one fit: called by the callback, with the slow weights of the first optimizer
 
     def begin(self, trainer: Trainer, slow: SlowWeights) -> None:
-        """Look at one batch, so that what does not fit is said before training; open the window if it is time."""
+        """Evaluate one batch, so that errors come before training; open the window if it is time."""
         self._steps, self._published = slow.steps, len(self.history)
         self._window.begin(slow.steps, slow.syncs)
         self._evaluation.measure(trainer, self._held_out(trainer, 1))
@@ -132,7 +122,7 @@ class InnerOuterMonitor:
             self._file = Path(trainer.log_dir or trainer.default_root_dir) / "inner_outer.csv"
             self._write(trainer, self.history, new=True)
         if self.history and self.history[-1].step >= slow.steps:
-            return  # a run that goes on: this step was evaluated before it was saved
+            return  # a resumed run: this step was evaluated before it was saved
         if slow.cycles.at_sync:
             self.after_sync(trainer, slow)
         elif self._window.observe_step(slow.steps, slow.syncs):  # the run was stopped before it was evaluated
@@ -150,7 +140,7 @@ class InnerOuterMonitor:
             self._evaluate(trainer, "outer")
 
     def publish(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Show what is new; draw a window that is over."""
+        """Show new records; draw a window that is over."""
         records = self._send(trainer)
         if not trainer.barebones:
             sinks.show(pl_module, records, self._evaluation.name)
@@ -161,11 +151,11 @@ class InnerOuterMonitor:
             self._ready = []
 
     def let_go(self) -> None:
-        """Let go of the data: nothing more is evaluated in this fit."""
+        """Drop the data: nothing more is evaluated in this fit."""
         self._ready = []
 
     def end(self, trainer: Trainer) -> None:
-        """Send on what is new, let go of the data, and draw a window that training has ended in."""
+        """Send new records, drop the data, and draw a window that training ended in."""
         self._send(trainer)
         self.let_go()
         if self._window.is_open(self._steps):
@@ -197,7 +187,7 @@ class InnerOuterMonitor:
     # -- showing
 
     def _send(self, trainer: Trainer) -> list[Record]:
-        """Send what is new to the loggers and the file; return it."""
+        """Send new records to the loggers and the file; return them."""
         records, self._published = self.history[self._published :], len(self.history)
         sinks.log(trainer, records, self._evaluation.name)
         self._write(trainer, records, new=False)

@@ -75,7 +75,7 @@ def _points(records: Sequence[Record]) -> tuple[list[int], list[float]]:
 
 
 def _windows(history: Iterable[Record]) -> list[list[Record]]:
-    """Those between which steps are left out."""
+    """The windows in a history: between two of them steps are missing."""
     windows: list[list[Record]] = []
     for record in history:
         if not windows or record.step - windows[-1][-1].step > 1:

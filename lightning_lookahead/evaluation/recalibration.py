@@ -1,4 +1,4 @@
-"""BatchNorm statistics of the weights that are looked at: those at hand were gathered with fast weights."""
+"""BatchNorm statistics for the weights that a validation sees: the module's own were gathered with fast weights."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ def check_recalibrate(value: object, eval_weights: Weights | None = None) -> Non
 
     Args:
         value: What was given.
-        eval_weights: The one set that is validated; ``None``: both.
+        eval_weights: The set that is validated; ``None``: both.
     """
-    if eval_weights == "fast" and value:  # a loader is asked for its length: not all have one
+    if eval_weights == "fast" and value:  # the truth of a loader is its length, which not all have
         message = (
             f"recalibrate_batch_norm={value!r} does nothing with eval_weights='fast', which the statistics belong to:"
             " leave it out."
@@ -51,18 +51,18 @@ def check_recalibrate(value: object, eval_weights: Weights | None = None) -> Non
 
 
 class Recalibration:
-    """Statistics gathered anew, in place from `start` to `stop`; between them it keeps those that were there.
+    """Statistics gathered anew, which the module holds from `start` to `stop`.
 
-    BatchNorm layers that do not train while the module does, frozen ones, keep theirs.
+    BatchNorm layers that do not train while the module does, frozen ones, keep their statistics.
     """
 
     def __init__(self) -> None:
-        self.kept: dict[Tensor, Tensor] = {}
-        """Each statistic and the value that it will have again."""
+        self.replaced: dict[Tensor, Tensor] = {}
+        """Statistic -> its value before `start`, which `stop` restores."""
         self._modes: dict[nn.Module, bool] = {}
 
     def note_modes(self, module: nn.Module) -> None:
-        """Remember which parts train: in validation, none does."""
+        """Remember which parts train: in validation none does."""
         self._modes = {part: part.training for part in module.modules()}
 
     def start(self, trainer: Trainer, which: Any) -> None:
@@ -92,33 +92,33 @@ class Recalibration:
             momenta = {part: part.momentum for part in gathering.modules()}
             try:
                 update_bn(chain([first], batches), gathering)
-            finally:  # which it puts back only if all goes well
+            finally:  # update_bn restores them only if nothing is raised
                 for part, momentum in momenta.items():
                     part.momentum = momentum
             gathered = copies(statistics_of(module))
         reshard(root)
         statistics = statistics_of(module)
-        self.kept = dict(zip(statistics, copies(statistics), strict=True))
+        self.replaced = dict(zip(statistics, copies(statistics), strict=True))
         copy_(statistics, gathered)
 
     def stop(self) -> None:
-        """Put back what was there."""
-        copy_(self.kept, self.kept.values())
-        self.kept = {}
+        """Restore the statistics of before `start`."""
+        copy_(self.replaced, self.replaced.values())
+        self.replaced = {}
 
     @contextmanager
     def undone(self) -> Iterator[None]:
-        """Let what was there be there inside the ``with`` block, for a checkpoint."""
-        gathered = copies(self.kept)
-        copy_(self.kept, self.kept.values())
+        """Let the module hold the statistics of before `start` inside the ``with`` block, for a checkpoint."""
+        gathered = copies(self.replaced)
+        copy_(self.replaced, self.replaced.values())
         try:
             yield
         finally:
-            copy_(self.kept, gathered)
+            copy_(self.replaced, gathered)
 
 
 class _Gathering(nn.Module):
-    """What `update_bn` sees of a module: the BatchNorm layers that train, and each part in the mode it trains in."""
+    """The module as `update_bn` should see it: the BatchNorm layers that train, each part in the mode it trains in."""
 
     def __init__(self, root: nn.Module, modes: dict[nn.Module, bool]) -> None:
         super().__init__()

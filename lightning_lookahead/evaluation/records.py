@@ -1,4 +1,4 @@
-"""What the monitor has seen."""
+"""The monitor's records, and inner loops in them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Record(NamedTuple):
 
     Attributes:
         step: Inner steps taken so far.
-        weights: ``"inner"``: theta after that step; ``"outer"``: phi after a sync at that step, and theta with it.
+        weights: ``"inner"``: theta after the step; ``"outer"``: phi after a sync at the step, when theta is phi.
         value: The metric.
         loss: The mean loss; ``None`` if there is none.
     """
@@ -39,12 +39,12 @@ class InnerLoop(NamedTuple):
 
     @property
     def raised(self) -> bool:
-        """Whether the sync made it higher than at the end of the loop."""
+        """Whether the metric was higher after the sync than at the end of the loop."""
         return self.after > self.end
 
     @property
     def recovered(self) -> bool:
-        """Whether the sync raised it to where it was before the loop, or higher."""
+        """Whether the sync raised the metric to its value before the loop, or higher."""
         return self.raised and self.after >= self.before
 
 

@@ -1,4 +1,4 @@
-"""When the monitor looks: arithmetic on inner steps and syncs."""
+"""When the monitor evaluates: arithmetic on inner steps and syncs."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class Window:
         self._updates = updates
         self._every_n_syncs = every_n_syncs
         self.begins = start
-        self._syncs: int | None = None  # when it began
+        self._syncs: int | None = None  # syncs when the window began
         self.finished: range | None = None
-        """The steps of a window that is over, until somebody takes them away."""
+        """The steps of a window that is over, until the monitor has drawn it."""
 
     def begin(self, step: int, syncs: int) -> None:
         """Note that training begins or goes on after ``step`` inner steps."""
@@ -45,7 +45,7 @@ class Window:
 
     @property
     def steps(self) -> range:
-        """Those of the window that is open, is to come or was the last one, with the one before its first."""
+        """The steps of the window that is open, to come or the last one, and the step before them."""
         return range(self._first, self._last + 1)
 
     def is_open(self, step: int) -> bool:
@@ -53,7 +53,7 @@ class Window:
         return self._first < step < self._last
 
     def is_over(self, step: int) -> bool:
-        """Whether the window has ended and none comes right after it: what it needed can go."""
+        """Whether the window has ended and no other follows."""
         return step >= self._last and self._every_n_syncs is None
 
     def state_dict(self) -> dict[str, int | None]:

@@ -32,8 +32,8 @@ class TrainingLoss:
     """The training loss at the weights that the parameters hold.
 
     Attributes:
-        value: Computes it, with a graph.
-        around: A context in which that, and what comes of it, leaves no trace.
+        value: Computes the loss, with a graph.
+        around: A context in which ``value`` and its backward leave no trace.
     """
 
     value: Loss
@@ -43,28 +43,28 @@ class TrainingLoss:
 class AdaptiveAlpha:
     """An ``alpha`` for each sync: where along the way from phi to theta a quadratic model of the loss is lowest.
 
-    With ``d = theta - phi``, ``g`` a gradient at theta and ``A`` the curvature, ``alpha = 1 - g·d / (d·A d)``, not less
-    than ``alpha_low`` and not more than 1. Where the loss is not curved upwards along ``d``, it is 1 if the loss falls
-    towards theta, and ``alpha_low`` if it rises. ``curvature`` says where ``g`` and ``A`` come from, and what they cost
-    at each sync beside a temporary copy of the weights, which all take:
+    With ``d = theta - phi``, ``g`` a gradient at theta and ``A`` the curvature, ``alpha = 1 - g·d / (d·A d)``, at least
+    ``alpha_low`` and at most 1. Where the loss is not curved upwards along ``d``, alpha is 1 if the loss
+    falls towards theta, and ``alpha_low`` if it rises. ``curvature`` says where ``g`` and ``A`` come from. Each takes a
+    temporary copy of the weights at a sync, and some take passes over the last batch:
 
-    - ``"fisher"``: ``g`` is the k-th step's gradient, which belongs to the weights before that step; ``A`` is what the
-      optimizer keeps of second moments. Nothing.
-    - ``"sqrt_fisher"``: the same, with the square root of the second moments. Nothing.
-    - ``"secant"``: gradients of the last batch's loss at theta and at phi; ``A d`` is their difference. Two forward and
-      backward passes.
-    - ``"hvp"``: the gradient of the last batch's loss at theta, and its derivative along ``d``. A forward and two
-      backward passes.
+    - ``"fisher"``: ``g`` is the k-th step's gradient, which belongs to the weights before that step; ``A`` is the
+      optimizer's second moments. No pass.
+    - ``"sqrt_fisher"``: ``g`` is the k-th step's gradient; ``A`` is the square root of the second moments. No pass.
+    - ``"secant"``: ``g`` is the gradient of the last batch's loss at theta; ``A d`` is ``g`` minus the gradient at phi.
+      Two forward and backward passes.
+    - ``"hvp"``: ``g`` is the gradient of the last batch's loss at theta; ``A d`` is its derivative along ``d``. A
+      forward and two backward passes.
 
-    Under DDP the last two average over the ranks' losses, by a collective of two numbers.
+    Under DDP ``"secant"`` and ``"hvp"`` average over the ranks' losses, by a collective of two numbers.
 
     ``"secant"`` and ``"hvp"`` are exact on a quadratic. Second moments are small beside the curvature: with
     ``"fisher"`` the bounds decide more often than not. The paper found no gain in generalization over a fixed alpha.
 
     Args:
-        curvature: Which of the four. The last two need automatic optimization or ``SlowWeights(loss=...)``, the first
-            two an optimizer that keeps second moments (Adam, RMSprop, Adagrad).
-        alpha_low: The least value, in (0, 1].
+        curvature: ``"secant"`` and ``"hvp"`` need automatic optimization or ``SlowWeights(loss=...)``. ``"fisher"`` and
+            ``"sqrt_fisher"`` need an optimizer that keeps second moments (Adam, RMSprop, Adagrad).
+        alpha_low: The least alpha, in (0, 1].
 
     Raises:
         ValueError: If an argument is out of range.
@@ -99,11 +99,11 @@ class AdaptiveAlpha:
 
     @property
     def needs_loss(self) -> bool:
-        """Whether it computes gradients of its own."""
+        """Whether the estimate computes gradients of the training loss."""
         return self.curvature in {"secant", "hvp"}
 
     def check(self, names: set[str], optimizer: Optimizer) -> None:
-        """Raise if the optimizer, which keeps state of these names, does not have what is needed."""
+        """Raise if second moments are needed and ``names``, the entries of the optimizer's state, have none."""
         if not self.needs_loss and names.isdisjoint(_SECOND_MOMENTS):
             message = (
                 f"curvature={self.curvature!r} needs an optimizer that keeps second moments, and"
@@ -125,7 +125,7 @@ class AdaptiveAlpha:
             optimizer: The inner optimizer.
             weights: theta -> phi, for the parameters that sync.
             loss: The training loss.
-            reduce: Whether to average over ranks, each of which has a loss of its own.
+            reduce: Whether to average over ranks: under DDP each rank has the loss of its own batch.
         """
         fast = list(weights)
         with torch.no_grad():
@@ -171,7 +171,7 @@ class AdaptiveAlpha:
 
 @contextmanager
 def _at(values: dict[Tensor, Tensor]) -> Iterator[None]:
-    """Let each parameter hold its value inside the ``with`` block, and no others."""
+    """Let each parameter hold its value in ``values`` inside the ``with`` block."""
     before = copies(values)
     copy_(values, values.values())
     try:
@@ -181,7 +181,7 @@ def _at(values: dict[Tensor, Tensor]) -> Iterator[None]:
 
 
 def _dot(left: Any, right: list[Tensor]) -> Tensor:
-    """The inner product of two lists seen as two long vectors, in at least float32; ``None`` is zero."""
+    """The inner product of two lists of tensors, in at least float32; ``None`` is zero."""
     total = torch.zeros((), dtype=torch.promote_types(right[0].dtype, torch.float32), device=right[0].device)
     for a, b in zip(left, right, strict=bool(left)):
         if a is not None:
@@ -189,16 +189,13 @@ def _dot(left: Any, right: list[Tensor]) -> Tensor:
     return total
 
 
-def _second_moment(state: dict[str, Any], group: dict[str, Any]) -> Tensor | None:
+def _second_moment(state: dict[str, Tensor], group: dict[str, Any]) -> Tensor | None:
     """The mean square of a parameter's gradients, as the optimizer keeps it, without the bias of its start."""
     if "exp_avg_sq" in state:
         step = float(state["step"]) if "step" in state else 0.0
-        moment: Tensor = state["exp_avg_sq"] / (1 - group["betas"][1] ** step) if step else state["exp_avg_sq"]
-        return moment
+        return state["exp_avg_sq"] / (1 - group["betas"][1] ** step) if step else state["exp_avg_sq"]
     if "square_avg" in state:
-        average: Tensor = state["square_avg"]
-        return average
+        return state["square_avg"]
     if "sum" in state:
-        mean: Tensor = state["sum"] / max(float(state["step"]), 1.0)
-        return mean
+        return state["sum"] / max(float(state["step"]), 1.0)
     return None

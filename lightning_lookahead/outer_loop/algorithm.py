@@ -27,15 +27,14 @@ def outer_step(
         phi   <- phi + alpha * (theta - phi)
         theta <- phi
 
-    The second line copies and never recomputes: both are equal bit for bit then, in every dtype. With an alpha of 1
-    both are theta. No collective is issued, and nothing waits for the device: of sharded weights these are the pieces
-    that this rank has.
+    The second line copies and never recomputes, so that theta and phi are equal bit for bit in every dtype. With an
+    alpha of 1 both are what theta was. No collective is issued, and nothing waits for the device.
 
     Args:
-        fast: theta.
-        slow: phi, of the same shapes. Of a wider dtype perhaps, or on another device.
-        alpha: The slow weights step size, in (0, 1].
-        buckets: The same tensors, arranged for a CPU: the same values in fewer calls.
+        fast: theta. Of a sharded tensor, this rank's piece.
+        slow: phi: for each fast tensor one of its shape. Its dtype may be wider, and its device another.
+        alpha: Slow weights step size, in (0, 1].
+        buckets: ``fast`` and ``slow`` arranged for a CPU: equal values in fewer calls.
 
     Source: Zhang, Lucas, Hinton, Ba 2019, Algorithm 1.
     """

@@ -1,4 +1,4 @@
-"""The alpha of a sync: a number, a schedule's, or estimated."""
+"""The alpha of a sync: a number, a schedule's value, or an estimate."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ class Alpha:
     """Tells each sync its step size.
 
     Args:
-        optimizer: The inner optimizer, whose state some estimates need.
-        settings: The ``alpha`` of all groups that have none of their own.
-        parameters: Whether they are sharded, and in what they are.
-        loss: The training loss, which other estimates need, if it is known from the start.
-        comes_later: Whether somebody sets `loss` before a sync needs it.
+        optimizer: The inner optimizer. ``"fisher"`` estimates need its state.
+        settings: ``alpha``, for groups without a ``"lookahead_alpha"``.
+        parameters: The optimizer's parameters: estimates refuse sharded ones.
+        loss: The training loss. ``"secant"`` and ``"hvp"`` estimates need it.
+        comes_later: Whether the caller sets `loss` before a sync needs it.
 
     Attributes:
         loss: The training loss of the last batch.
-        last: The step size of the last sync.
+        last: The step size of the last sync; ``None`` before the first one.
 
     Raises:
-        ValueError: If an estimate lacks what it needs.
+        ValueError: If an estimate lacks the loss or the state that it needs, or if the parameters are sharded.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""BatchNorm's statistics, and a second set of them that moves as the weights do."""
+"""Running means and variances of BatchNorm layers, and a slow set of them that syncs as the weights do."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ def check_statistics(module: nn.Module | None, argument: str) -> None:
 
 
 class SlowStatistics:
-    """Slow running means and variances of a module's BatchNorm layers; none, unless they are to sync.
+    """Slow running means and variances of a module's BatchNorm layers; none, unless ``buffers="sync"``.
 
-    Counts of batches, which are integers, are left alone. The module's buffers are looked up at each use: Lightning
-    puts others in their place when it moves the module.
+    Counts of batches are left alone: they are integers. The module's buffers are looked up at each use, because
+    Lightning replaces them when it moves the module.
     """
 
     def __init__(self, module: nn.Module | None, settings: Settings) -> None:
@@ -42,44 +42,44 @@ class SlowStatistics:
         if syncs:
             check_statistics(module, "buffers='sync'")
         self._module = module if syncs else None
-        self._slow = copies(self.live)
+        self._counterparts = copies(self.live)
 
     @property
     def live(self) -> list[Tensor]:
-        """The module's own."""
+        """The statistics that the module holds."""
         statistics = statistics_of(self._module) if self._module is not None else []
         return [buffer for buffer in statistics if buffer.is_floating_point()]
 
     @property
     def names(self) -> list[str]:
-        """Their names in the module's ``state_dict``."""
+        """Names of the statistics in the module's ``state_dict``."""
         live = set(self.live)
         buffers = unwrapped(self._module).named_buffers() if self._module is not None else ()
         return [bare(name) for name, buffer in buffers if buffer in live]
 
     @property
-    def kept(self) -> list[Tensor]:
-        """Those of the set that the module does not hold, on its device."""
-        self._slow = [slow.to(live.device) for slow, live in zip(self._slow, self.live, strict=True)]
-        return self._slow
+    def counterparts(self) -> list[Tensor]:
+        """The set of statistics that the module does not hold, on the module's device."""
+        self._counterparts = [slow.to(live.device) for slow, live in zip(self._counterparts, self.live, strict=True)]
+        return self._counterparts
 
-    def counterparts(self) -> dict[str, Tensor]:
-        """Copies of those that the module does not hold, by name."""
-        return dict(zip(self.names, copies(self.kept), strict=True))
+    def named_counterparts(self) -> dict[str, Tensor]:
+        """Name in the module's ``state_dict`` -> copy of the counterpart."""
+        return dict(zip(self.names, copies(self.counterparts), strict=True))
 
     def start(self) -> None:
-        """Let the slow ones be those of the module."""
-        copy_(self.kept, self.live)
+        """Let the slow statistics be the module's."""
+        copy_(self.counterparts, self.live)
 
     def sync(self, alpha: float) -> None:
-        """Do the outer step, unless one of the module's own is NaN or infinite."""
+        """Do the outer step, unless a statistic of the module is NaN or infinite."""
         if not not_finite(self.live):
-            outer_step(self.live, self.kept, alpha)
+            outer_step(self.live, self.counterparts, alpha)
 
     def restore(self) -> None:
-        """Put the module's own back to the slow ones."""
-        copy_(self.live, self.kept)
+        """Let the module hold what the slow statistics are."""
+        copy_(self.live, self.counterparts)
 
     def exchange(self) -> None:
-        """Let the module hold the other set."""
-        exchange_(self.live, self.kept)
+        """Exchange the module's statistics with their counterparts."""
+        exchange_(self.live, self.counterparts)

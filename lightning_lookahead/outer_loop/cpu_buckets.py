@@ -1,7 +1,8 @@
-"""The outer step in fewer calls, for a CPU: without this file it takes longer and gives the same values bit for bit.
+"""The outer step in fewer calls, for a CPU. Without this file a sync takes longer and gives equal values, bit for bit.
 
-There, calls take longer than the values of small tensors, and memory is slower than its cache. So the slow weights of
-small tensors are put side by side in one storage, as one tensor, and with one thread large ones are cut into blocks.
+On a CPU a call takes longer than the arithmetic on a small tensor, and memory is slower than the cache. So the slow
+weights of small tensors lie side by side in one storage, as one tensor. With one thread large tensors are cut into
+blocks.
 """
 
 from __future__ import annotations
@@ -21,18 +22,18 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SMALL = 2**13
-"""Values: what takes longer to call than to compute."""
+"""Most values of a small tensor: a call takes longer than its arithmetic."""
 
 JOINED = 2**14
-"""Values: of many more torch makes work for several threads, which then wait for each other."""
+"""Most values of a joined tensor: larger ones torch divides among threads, which then wait for each other."""
 
 BLOCK = 2**17
-"""Values: as many fast and as many slow ones stay in a processor's cache from the first of two calls to the second."""
+"""Values of a block: the fast and the slow ones stay in the cache from the first of two calls to the second."""
 
 
 @dataclass
 class Bucket:
-    """Small fast weights, their slow ones, and the slow ones seen as one tensor."""
+    """Small fast weights, their slow weights, and the slow weights seen as one tensor."""
 
     fast: list[Tensor]
     slow: list[Tensor]
@@ -44,8 +45,8 @@ class CpuBuckets:
 
     Args:
         fast: The fast weights.
-        slow: A slow tensor of the same shape for each. Small ones are moved to a storage that they share; what they
-            are, and their values, stay.
+        slow: For each fast tensor a slow one of its shape. Small ones move to a storage that they share; the tensors
+            and their values stay.
     """
 
     def __init__(self, fast: Sequence[Tensor], slow: Sequence[Tensor]) -> None:
@@ -54,7 +55,7 @@ class CpuBuckets:
         self._joined: list[Tensor] = []  # the fast weights of each bucket, from `not_finite` to `outer_step`
         small: dict[object, list[tuple[Tensor, Tensor]]] = {}
         self._large: list[tuple[Tensor, Tensor]] = []
-        self._unlike: list[tuple[Tensor, Tensor]] = []  # of different dtypes
+        self._unlike: list[tuple[Tensor, Tensor]] = []  # theta and phi have different dtypes
         for theta, phi in zip(fast, slow, strict=True):
             if theta.dtype != phi.dtype:
                 self._unlike.append((theta, phi))
@@ -66,14 +67,14 @@ class CpuBuckets:
 
     @staticmethod
     def arranged(fast: Sequence[Tensor], slow: Sequence[Tensor]) -> CpuBuckets | None:
-        """Arrange these; ``None`` where they are elsewhere than on the CPU."""
+        """Arrange the tensors; ``None`` if one is not on the CPU or is sharded."""
         if not all(tensor.is_cpu and not isinstance(tensor, DTensor) for tensor in itertools.chain(fast, slow)):
             return None
         return CpuBuckets(fast, slow)
 
     @property
     def fit(self) -> bool:
-        """Whether the fast weights are still where they were."""
+        """Whether the fast weights have not moved to other memory."""
         return _pointers(self._fast) == self._pointers
 
     @torch.no_grad()
@@ -115,7 +116,7 @@ def _is_small(tensor: Tensor) -> bool:
 
 
 def _filled(pairs: Iterable[tuple[Tensor, Tensor]]) -> Iterable[list[tuple[Tensor, Tensor]]]:
-    """The pairs in lists of as many as may be joined."""
+    """The pairs in lists, each of at most `JOINED` values."""
     filled: list[tuple[Tensor, Tensor]] = []
     size = 0
     for theta, phi in pairs:
@@ -139,7 +140,7 @@ def _bucket(pairs: list[tuple[Tensor, Tensor]]) -> Bucket:
 
 
 def _blocks(left: Tensor, right: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
-    """Both tensors in pieces that belong together."""
+    """Both tensors cut into blocks, pairwise."""
     if left.is_contiguous() and right.is_contiguous():
         return zip(torch.split(left.view(-1), BLOCK), torch.split(right.view(-1), BLOCK), strict=True)
     return [(left, right)]

@@ -30,12 +30,12 @@ class Cycle:
     """The inner steps from one sync to the next, of the parameters that the sync moves.
 
     Attributes:
-        step_size: That of the sync that ends it, or where it comes from.
-        begins: Inner steps before it.
-        syncs: Syncs before it.
-        weights: Its parameters, theta -> phi.
-        moving: Those that the sync at its end moves, after `split`.
-        still: Those that it does not, theta -> phi.
+        step_size: alpha of the sync that ends the cycle: a number, a schedule or an `AdaptiveAlpha`.
+        begins: Inner steps before the cycle.
+        syncs: Syncs before the cycle.
+        weights: theta -> phi of the cycle's parameters.
+        moving: The weights that the sync moves; set by `split`.
+        still: theta -> phi of the weights that the sync leaves where they are; set by `split`.
     """
 
     def __init__(self, k: CycleLength, alpha: StepSize, begins: int) -> None:
@@ -48,11 +48,11 @@ class Cycle:
 
     @property
     def ends(self) -> int:
-        """Inner steps before the sync that ends it."""
+        """Inner steps before the sync that ends the cycle."""
         return self.begins + k_at(self._k, self.syncs)
 
     def split(self, idle: Collection[Tensor]) -> None:
-        """Say what the sync moves: all but the ``idle``, arranged anew if they are others or elsewhere than before."""
+        """Set what the sync moves: all weights but the ``idle`` ones. Buckets are made anew only if tensors changed."""
         self.still = {p: phi for p, phi in self.weights.items() if p in idle} if idle else {}
         own = {p: phi for p, phi in self.weights.items() if p not in self.still} if self.still else self.weights
         fast, slow, known = list(own), list(own.values()), self.moving
@@ -66,12 +66,12 @@ class Cycle:
 class Cycles:
     """The cycles of an optimizer: one, unless groups have a ``"lookahead_k"`` or ``"lookahead_alpha"`` of their own.
 
-    Groups with the same settings share one. They are in the order in which the groups first name them.
+    Groups with equal settings share one cycle. Cycles are in the order of the first group of each.
 
     Args:
-        optimizer: The optimizer.
-        settings: The ``k`` and ``alpha`` of groups that have none of their own, and when the first cycle begins.
-        parameters: What the inner steps move.
+        optimizer: The inner optimizer.
+        settings: ``k`` and ``alpha`` for groups without their own, and ``start_step``.
+        parameters: The optimizer's parameters.
     """
 
     def __init__(self, optimizer: Optimizer, settings: Settings, parameters: Parameters) -> None:
@@ -87,10 +87,10 @@ class Cycles:
         return len(self._by_settings)
 
     def update(self, weights: dict[Tensor, Tensor]) -> None:
-        """Look at the groups again: what is new begins now, what no group has ends.
+        """Look at the groups again: begin the cycles of new settings, drop the cycles that no group has.
 
         Args:
-            weights: theta -> phi of all trained parameters; each cycle takes its own.
+            weights: theta -> phi of all trained parameters; each cycle takes those of its groups.
         """
         known, self._by_settings = self._by_settings, {}
         groups: dict[Cycle, list[dict[str, Any]]] = {}
@@ -105,12 +105,12 @@ class Cycles:
 
     @property
     def _now(self) -> int:
-        """Inner steps so far, or those before the first cycle."""
+        """Inner steps so far, at least ``start_step``."""
         return max(self.steps.total, self._start)
 
     @property
     def first(self) -> Cycle:
-        """That of the optimizer's first group."""
+        """The cycle of the optimizer's first group."""
         return next(iter(self))
 
     def since(self, cycle: Cycle) -> int:
@@ -118,15 +118,15 @@ class Cycles:
         return max(self.steps.total - cycle.begins, 0)
 
     def ended(self) -> list[Cycle]:
-        """Those whose ``k`` inner steps were taken; reads the device only if there may be one."""
+        """The cycles whose ``k`` inner steps were taken; reads the device only if there may be one."""
         return [cycle for cycle in self if self.steps.reached(cycle.ends)]
 
     def begun(self) -> list[Cycle]:
-        """Those that have an inner step."""
+        """The cycles with at least one inner step."""
         return [cycle for cycle in self if self.since(cycle)]
 
     def due(self, pairs: WeightPairs, *, begun: bool) -> list[Cycle]:
-        """Those that a sync ends now, and what it moves: all that have an inner step, or the ended ones, or all."""
+        """The cycles that a sync ends now: with ``begun`` those with an inner step, else those that ended, or all."""
         pairs.track_replaced()
         self.update(pairs.counterparts)
         found = self.begun() if begun else self.ended() or list(self)
@@ -141,7 +141,7 @@ class Cycles:
 
     @property
     def steps_since_sync(self) -> int:
-        """Inner steps since the last sync, of the cycle that waits longest."""
+        """Inner steps since the last sync; of several cycles the largest number."""
         return max(self.since(cycle) for cycle in self)
 
     def begin_next(self, cycle: Cycle) -> None:
@@ -149,7 +149,7 @@ class Cycles:
         cycle.begins = self._now
 
     def counters(self) -> dict[str, Any]:
-        """The counts, for a checkpoint."""
+        """Counts of steps and syncs, for a checkpoint."""
         first, *others = [{"steps_since_sync": self.since(cycle), "syncs": cycle.syncs} for cycle in self]
         return {"steps": self.steps.total, **first, **({"groups": others} if others else {})}
 
@@ -182,24 +182,22 @@ def _settings(group: dict[str, Any]) -> tuple[int | None, float | None]:
 
 
 class KeptSettings:
-    """What groups have of their own, while a state is loaded: torch takes a group's further keys from the file."""
+    """Keeps the ``lookahead_k`` and ``lookahead_alpha`` of this run's groups while a state with others is loaded."""
 
     def __init__(self) -> None:
         self._own: list[dict[str, Any]] = []
 
     def before(self, optimizer: Optimizer, _: object) -> None:
-        """Remember this run's."""
+        """Remember the settings of this run's groups."""
         self._own = [
             {name: group[name] for name in GROUP_SETTINGS if name in group} for group in optimizer.param_groups
         ]
 
     def after(self, optimizer: Optimizer) -> None:
-        """Put this run's back, with a warning if the file has others."""
+        """Put the remembered settings back, with a warning if the file has others."""
         for group, now in zip(optimizer.param_groups, self._own, strict=False):
             then = {name: group.pop(name) for name in GROUP_SETTINGS if name in group}
             if then != now:
-                message = (
-                    f"The checkpoint's Lookahead settings of a group are {then}, and this run's {now}. Those are used."
-                )
+                message = f"The checkpoint's Lookahead settings of a group are {then}. This run's are used: {now}."
                 warnings.warn(message, stacklevel=2)
             group.update(now)

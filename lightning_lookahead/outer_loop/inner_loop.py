@@ -1,4 +1,4 @@
-"""Around each inner step: what is counted, what begins there, and what comes after the k-th."""
+"""The hooks on the inner optimizer: they count its steps, begin cycles and call for a sync after the k-th step."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ if TYPE_CHECKING:
 
 
 class InnerLoop:
-    """Watches one optimizer: begins the first cycle with its first step, counts the steps, and says when a cycle ends.
+    """Watches one optimizer: begins the first cycle with its first step, counts the steps, and syncs after the k-th.
 
     Args:
-        optimizer: The inner optimizer. All hooks on it are this object's.
-        settings: When the first cycle begins.
-        pairs: The two sets of weights.
-        cycles: The counts.
-        persistence: What was loaded and waits for the first step.
+        optimizer: The inner optimizer. All hooks of this package on it are here.
+        settings: ``start_step`` and ``slow_device``.
+        pairs: Fast and slow weights.
+        cycles: Counts of steps and syncs.
+        persistence: The state that was loaded and waits for the first step.
 
     Raises:
-        ValueError: If somebody watches the optimizer already.
+        ValueError: If the optimizer is watched already.
     """
 
     def __init__(
@@ -40,11 +40,11 @@ class InnerLoop:
     ) -> None:
         hooks = getattr(optimizer, "_optimizer_step_pre_hooks", {}).values()
         if any(isinstance(getattr(hook, "__self__", None), InnerLoop) for hook in hooks):
-            message = "optimizer has slow weights already, which would pull back twice: close() those first."
+            message = "optimizer has slow weights already, which would pull back twice: close() them first."
             raise ValueError(message)
         self._optimizer, self._settings = optimizer, settings
         self._pairs, self._cycles, self._steps, self._persistence = pairs, cycles, cycles.steps, persistence
-        self._first_step = False  # whether the step that is under way begins the first cycle, or goes on with a run
+        self._first_step = False  # whether the step under way begins the first cycle or is the first of a resumed run
         self._hooks: list[Any] = []
 
     # -- a step
@@ -63,17 +63,17 @@ class InnerLoop:
             )
             raise RuntimeError(message)
         self._first_step = not self._pairs.begun or self._persistence.pending is not None
-        if self._first_step:  # as far as can be known: without a closure, too, a step may compute its own gradients
+        if self._first_step:  # a step without a closure may compute its gradients itself: then there are none yet
             self._begin(computes=has_closure or not has_gradient)
         self.track_new()
-        if not has_closure:  # which will compute others
+        if not has_closure:  # a closure computes the gradients within the step
             self._pairs.note_gradients()
 
     def _begin(self, *, computes: bool) -> None:
-        """Begin, or go on with, training: what was loaded takes its place for good.
+        """Begin or resume training: a loaded state takes its place for good.
 
         Args:
-            computes: Whether the step that begins computes the gradients, at the weights that are there by then.
+            computes: Whether the step computes its gradients itself, at the weights that the parameters hold then.
         """
         pending = self._persistence.pending
         if pending is not None and not computes and not pending.in_place:
@@ -86,12 +86,12 @@ class InnerLoop:
         begins = self._steps.reached(self._settings.start_step)
         if begins or pending is not None:
             self._persistence.place()
-        if begins and not self._pairs.begun:  # what was trained before the first cycle is not in it
+        if begins and not self._pairs.begun:  # gradients of steps before the first cycle do not count in it
             self._pairs.idle = dict.fromkeys(self._pairs.counterparts)
         self._persistence.let_go(begins=begins)
 
     def track_new(self) -> None:
-        """Take in parameters that were added or unfrozen: their slow weights begin where they are now."""
+        """Take in parameters that were added or unfrozen: phi of each starts at its value now."""
         if self._pairs.track_new():
             self._cycles.update(self._pairs.counterparts)
 
@@ -102,7 +102,7 @@ class InnerLoop:
         counted = self._steps.end()
         first = self._first_step and self._steps.counted <= self._settings.start_step
         if first and not counted and not self._steps.under_way:
-            self._pairs.begun = False  # there was no gradient: the first cycle has not begun
+            self._pairs.begun = False  # the step had no gradient: the first cycle has not begun
         if counted and self._settings.slow_device and self._steps.counted + 1 in {c.ends for c in self._cycles}:
             self._pairs.prepare()
         if counted and self._sync is not None and self._cycles.ended():
@@ -112,15 +112,15 @@ class InnerLoop:
 
     @property
     def watches(self) -> bool:
-        """Whether steps are counted: from the start until `close`."""
+        """Whether steps are counted: from `watch` until `close`."""
         return bool(self._hooks)
 
     def watch(self, sync: Callable[[], None] | None, module: nn.Module | None) -> None:
         """Begin to watch.
 
         Args:
-            sync: What to call in the step that ends a cycle, if anything.
-            module: A module that is to tell when it was loaded.
+            sync: Called within the step that ends a cycle; ``None``: the caller syncs.
+            module: A module whose loading puts a pending state in its place.
         """
         self._sync, self._module = sync, module
         optimizer, kept = self._optimizer, KeptSettings()
@@ -128,7 +128,7 @@ class InnerLoop:
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
         ]
-        if hasattr(optimizer, "_optimizer_load_state_dict_pre_hooks"):  # some wrappers have made themselves without
+        if hasattr(optimizer, "_optimizer_load_state_dict_pre_hooks"):  # some wrappers never call Optimizer.__init__
             self._hooks += [
                 optimizer.register_load_state_dict_pre_hook(kept.before),
                 optimizer.register_load_state_dict_post_hook(kept.after),
@@ -138,7 +138,7 @@ class InnerLoop:
             self._hooks.append(named.register_load_state_dict_post_hook(WhenLoaded(self._persistence)))
 
     def close(self) -> None:
-        """Let go of the optimizer."""
+        """Remove all hooks."""
         for hook in self._hooks:
             hook.remove()
         self._hooks = []

@@ -1,4 +1,4 @@
-"""Which optimizers there can be an outer loop around."""
+"""Which optimizers can be the inner optimizer."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def inside_of(optimizer: object) -> Iterator[Optimizer]:
 
 
 def _looks_ahead(optimizer: Optimizer) -> bool:
-    """Whether an optimizer, or one that it wraps, is Lookahead under some name: Ranger is RAdam with Lookahead."""
+    """Whether an optimizer, or one that it wraps, contains Lookahead: Ranger is RAdam with Lookahead."""
     for own in (optimizer, *inside_of(optimizer)):
         names = [base.__name__ for base in type(own).__mro__]
         if any("lookahead" in name.lower() or name.startswith("Ranger") for name in names):

@@ -16,10 +16,11 @@ if TYPE_CHECKING:
 
 
 def is_rehearsal(optimizer: Optimizer) -> bool:
-    """Whether the step that begins is only there to make the optimizer create its state.
+    """Whether the step that begins is a rehearsal of ``torch.distributed.checkpoint``.
 
-    ``torch.distributed.checkpoint`` takes one, with gradients and learning rates of zero, before it reads or writes a
-    state that is empty. A real step may have a learning rate of zero, too (warm-up), so the caller has to be seen.
+    Before it reads or writes an empty state it takes a step with gradients and learning rates of zero, so that the
+    optimizer creates its state. A real step may have a learning rate of zero, too (warm-up): the stack tells them
+    apart.
     """
     lr = optimizer.param_groups[0].get("lr")
     if not isinstance(lr, Tensor) and lr != 0:
@@ -62,7 +63,7 @@ class InnerSteps:
         outermost call does.
 
         Args:
-            moves: Whether there is a gradient already that it can move weights with: no closure will compute it.
+            moves: Whether parameters have their gradients already; ``False`` if a closure is to compute them.
         """
         if self._depth:
             self._depth = self._calls_under_way() - 1  # a call that raised has not ended
@@ -72,7 +73,7 @@ class InnerSteps:
         return self._depth == 1
 
     def _calls_under_way(self) -> int:
-        """How many calls of ``optimizer.step()`` are on the stack, as torch has wrapped them for its hooks."""
+        """How many calls of ``optimizer.step()`` are on the stack: torch wraps each in a function for its hooks."""
         calls, frame = 0, sys._getframe()
         while frame is not None:
             if frame.f_code.co_name == "wrapper" and frame.f_locals.get("self") is self._optimizer:
@@ -81,16 +82,16 @@ class InnerSteps:
         return calls
 
     def end(self) -> bool:
-        """Note that ``optimizer.step()`` ends; count it if it moved weights, and return whether it did."""
+        """Note that ``optimizer.step()`` ends; count the step if it moved weights, and return whether it did."""
         self._depth = max(self._depth - 1, 0)
-        self._moves = self._moves or self.has_gradient  # an inner call's may be cleared before the outermost one ends
+        self._moves = self._moves or self.has_gradient  # an inner call may clear its gradients
         if self._backward is not None:
             self._backward.since_last = False
         if self._depth or not self._moves:
             return False
         self._moves = False
         self._total += 1
-        # A fused optimizer skips inside its kernel. The flag stays on the device: to read it here would be to wait.
+        # A fused optimizer skips inside its kernel. The flag stays on the device: reading it here would wait.
         found_inf: Tensor | None = getattr(self._optimizer, "found_inf", None)
         if found_inf is not None:
             skipped = (found_inf > 0).to(found_inf.dtype)
@@ -104,7 +105,7 @@ class InnerSteps:
 
     @property
     def counted(self) -> int:
-        """Inner steps so far, with those that a fused kernel may have skipped: reads nothing from the device."""
+        """Inner steps so far, an upper bound: a fused kernel may have skipped some. Reads nothing from the device."""
         return self._total
 
     @property
@@ -116,7 +117,7 @@ class InnerSteps:
         return self._total
 
     def reached(self, number: int) -> bool:
-        """Whether so many inner steps were taken; reads the device only if it may be so."""
+        """Whether ``number`` inner steps were taken; reads the device only if `counted` says so."""
         return self._total >= number and self.total >= number
 
     def restore(self, total: int) -> None:
@@ -125,6 +126,6 @@ class InnerSteps:
         self._total = total
 
     def close(self) -> None:
-        """Look at no more backward passes."""
+        """Remove the hooks on parameters."""
         if self._backward is not None:
             self._backward.close()

@@ -1,4 +1,4 @@
-"""What a module's parameters are called in its ``state_dict``, whatever it is wrapped in."""
+"""Names of parameters in a module's ``state_dict``, whatever the module is wrapped in."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 _WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.", "_forward_module.")
-"""What FSDP1, activation checkpointing, ``torch.compile`` and Fabric put into names."""
+"""Parts of names that FSDP1, activation checkpointing, ``torch.compile`` and Fabric add."""
 
 
 def bare(name: str) -> str:
-    """The name without what wrappers have put into it."""
+    """The name without the parts that wrappers add."""
     for wrapper in _WRAPPERS:
         name = name.replace(wrapper, "")
     return name
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
-    """The module inside DDP's and Fabric's wrappers, which name it in ways of their own."""
+    """The module inside the wrappers of DDP and Fabric."""
     while type(module).__name__ in {"DistributedDataParallel", "_FabricModule"}:
         inner: Any = getattr(module, "_forward_module", None)
         module = inner if inner is not None else cast("nn.Module", module.module)

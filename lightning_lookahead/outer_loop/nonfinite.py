@@ -1,4 +1,4 @@
-"""Fast weights that are NaN or infinite at a sync: whether there are any, and what is said of them."""
+"""Fast weights that are NaN or infinite at a sync: to find them, and to go back to the slow weights."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ def all_finite(moving: Moving, nonfinite: Nonfinite, parameters: Parameters) -> 
     """Whether all fast weights are finite; if not, warn, or raise if ``nonfinite`` says so.
 
     Args:
-        moving: What the sync moves, nothing perhaps.
-        nonfinite: What to do.
-        parameters: What they are called, and whether they are spread over ranks, which all have to do the same.
+        moving: The weights that the sync moves; may be none.
+        nonfinite: ``"raise"`` raises; ``"skip"`` and ``"restore"`` warn.
+        parameters: Names for the message. If they are sharded, all ranks take part and get one answer.
 
     Raises:
-        RuntimeError: With the name of the first parameter that is not.
+        RuntimeError: With the name of the first parameter that is not finite.
     """
     bad = moving.not_finite()
     found = bool(bad)
-    if parameters.sharded and nonfinite != "raise":  # also of a rank that has no piece of what was trained
+    if parameters.sharded and nonfinite != "raise":  # a rank without a piece takes part, too
         found = any_rank(found, parameters.device)
     if not found:
         return True
@@ -46,7 +46,7 @@ def all_finite(moving: Moving, nonfinite: Nonfinite, parameters: Parameters) -> 
 
 
 def restore(moving: Moving, momentum: Momentum, statistics: SlowStatistics) -> None:
-    """Put everything back to where it was after the last sync, with the state of a new inner optimizer."""
+    """Put weights and statistics back to where the last sync left them; reset the inner optimizer's state."""
     copy_(moving.fast, moving.slow)
-    momentum.forget(moving.fast)  # what made the weights NaN or infinite is in there, too
+    momentum.forget(moving.fast)  # its moments may be NaN or infinite, too
     statistics.restore()

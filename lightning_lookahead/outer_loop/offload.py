@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 class Offload:
     """Copies pinned memory to a GPU before a sync and back after it, on a stream of its own.
 
-    Between a sync and the next `fetch` the GPU holds nothing of it. All take theta -> phi, theta on one GPU.
+    Between a sync and the next `fetch` no slow weight is on the GPU. ``pairs`` are theta -> phi, theta on one GPU.
     """
 
     def __init__(self) -> None:
@@ -22,7 +22,7 @@ class Offload:
         self._written: torch.cuda.Event | None = None
 
     def fetch(self, pairs: dict[Tensor, Tensor]) -> None:
-        """Begin to copy phi to theta's device, while the GPU goes on with the step that it is at."""
+        """Begin to copy phi to theta's device, while the GPU computes a step."""
         if self._fetched or not pairs:
             return
         self._stream = self._stream or torch.cuda.Stream(next(iter(pairs)).device)  # type: ignore[no-untyped-call]
@@ -30,7 +30,7 @@ class Offload:
             self._fetched = {theta: phi.to(theta.device, non_blocking=True) for theta, phi in pairs.items()}
 
     def take(self, pairs: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
-        """Theta -> phi on its device, for the kernels that come next."""
+        """Theta -> phi on theta's device, ready for the next kernels."""
         self.fetch(pairs)
         fetched, self._fetched = self._fetched, {}
         if self._stream is not None and fetched:
@@ -44,7 +44,7 @@ class Offload:
         }
 
     def store(self, pairs: dict[Tensor, Tensor], taken: dict[Tensor, Tensor]) -> None:
-        """Begin to copy what was taken back, after the kernels that came before."""
+        """Begin to copy ``taken`` back to phi, after the kernels so far."""
         if self._stream is None or not pairs:
             return
         self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
@@ -55,13 +55,13 @@ class Offload:
             self._written = self._stream.record_event()
 
     def wait(self) -> None:
-        """Wait until phi is back: before the CPU looks at it."""
+        """Wait until phi is back, so that the CPU can read it."""
         if self._written is not None:
             self._written.synchronize()
             self._written = None
 
     def forget(self) -> None:
-        """Drop what has set out: phi is another now."""
+        """Drop fetched copies: phi has changed."""
         self._fetched = {}
 
     def __getstate__(self) -> dict[str, Any]:

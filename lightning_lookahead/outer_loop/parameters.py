@@ -1,4 +1,4 @@
-"""The parameters of an optimizer: what they are called, and whether they are spread over ranks."""
+"""The parameters of an optimizer: their names, and whether they are sharded."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ class Parameters:
 
     Args:
         optimizer: The optimizer.
-        module: The module that they belong to. Without one they go by their place in the optimizer.
+        module: The module that they belong to. Without one a parameter's name is its place in the optimizer.
 
     Attributes:
-        sharded: Whether each rank has a piece of them only.
+        sharded: Whether each rank has only a piece of them.
 
     Raises:
-        ValueError: If one has no values yet, or if they are sharded and there is no module.
+        ValueError: If a parameter has no values yet, or if parameters are sharded and there is no module.
     """
 
     def __init__(self, optimizer: Optimizer, module: nn.Module | None) -> None:
@@ -49,27 +49,27 @@ class Parameters:
 
     @property
     def listed(self) -> list[Tensor]:
-        """All of them, in the order of the optimizer's groups."""
+        """All parameters, in the order of the optimizer's groups."""
         return parameters_of(self._optimizer)
 
     @property
     def device(self) -> torch.device:
-        """The device of the first one."""
+        """The device of the first parameter."""
         return self.listed[0].device
 
     def names(self) -> dict[Tensor, str]:
-        """Each one's name in the module, or its place in the optimizer, ``"[0]"``."""
+        """Parameter -> its name in the module, or its place in the optimizer, ``"[0]"``."""
         known = names_in(self.module) if self.module is not None else {}
         return {p: known[p][0] if p in known else f"[{at}]" for at, p in enumerate(self.listed)}
 
     def describe(self, parameter: Tensor) -> str:
-        """What an error calls a parameter."""
+        """A parameter's name, for the beginning of an error."""
         name = self.names()[parameter]
         if name.startswith("["):
             return f"Parameter {name[1:-1]} of the optimizer, of shape {tuple(parameter.shape)},"
         return f"Parameter {name!r}"
 
     def reshard(self) -> None:
-        """Free gathered copies of the weights, so that what is written to the shards is seen."""
+        """Free gathered copies of the weights, so that the next forward sees what was written to the shards."""
         if self.sharded and self.module is not None:
             reshard(self.module)

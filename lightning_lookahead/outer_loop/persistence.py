@@ -36,20 +36,20 @@ Entries = dict[str, dict["Tensor", "Tensor"]]
 
 @dataclass
 class Pending:
-    """What was loaded and waits: the model, which it belongs to, may be loaded after it.
+    """A state that was loaded and waits for its model, which may be loaded later.
 
     Attributes:
-        begun: Whether the run that was saved had taken a step with two sets of weights.
+        begun: Whether the saved run had begun its first cycle.
         weights: Set -> parameter -> value.
-        momentum: Name of the optimizer's entry -> parameter -> value.
+        momentum: Entry of the optimizer's state -> parameter -> value.
         statistics: Set -> BatchNorm statistics, in the module's order.
-        checksums: Of the values that the model was saved with, for the parameters where that is known.
-        loaded: Parameter -> what the model's ``state_dict`` had for it, where the parameter itself has rounded that.
-        changed: Parameters whose values in the model's ``state_dict`` were changed after they were read.
-        trained: Parameters that had a counterpart: right after a sync there is no value for them here.
-        idle: Parameters without a gradient since the last sync; ``None``: all of them.
-        placed: Whether it was put in its place once.
-        left_out: Parameters that it was not put in place for.
+        checksums: Parameter -> CRC-32 of the value that the model was saved with, where it is known.
+        loaded: Parameter -> its value in the model's ``state_dict``, for parameters that rounded it in loading.
+        changed: Parameters whose value in the model's ``state_dict`` is not the one that was saved.
+        trained: Parameters that had a counterpart. Right after a sync they have no value in ``weights``.
+        idle: Parameters without a gradient since the last sync; ``None``: all parameters.
+        placed: Whether the state was put in its place once.
+        left_out: Parameters that kept the values that they had when the state was put in its place.
     """
 
     begun: bool
@@ -66,22 +66,22 @@ class Pending:
 
     @property
     def in_place(self) -> bool:
-        """Whether the parameters hold the fast weights that are here, or were never to hold others."""
+        """Whether the parameters hold the fast weights of this state, apart from those left out."""
         fast = self.weights.get("fast", {})
         return all(equal(p, value.to(p)) for p, value in fast.items() if p not in self.left_out)
 
     @property
     def parameters(self) -> dict[Tensor, None]:
-        """Those that have a value here, in order."""
+        """The parameters that have a value in ``weights``, in order."""
         return dict.fromkeys(parameter for values in self.weights.values() for parameter in values)
 
     @property
     def fits(self) -> bool:
-        """Whether the parameters hold the values that they were saved with: whether the model has been loaded."""
+        """Whether the model has been loaded: whether the parameters hold the values that they were saved with."""
         return self.checksums is not None and bool(self.parameters) and not self.unlike()
 
     def unlike(self) -> set[Tensor]:
-        """Those of the parameters that do not hold the values that they were saved with."""
+        """The parameters that do not hold the values that they were saved with."""
         known = self.checksums or {}
         return self.changed | {p for p in self.parameters if p in known and checksum(p) != known[p]}
 
@@ -91,16 +91,16 @@ class Persistence:
     """Saves and restores one outer loop: the set of weights that the model's own ``state_dict`` lacks, and the counts.
 
     Args:
-        settings: What the outer loop was told.
-        parameters: What the parameters are called, and whether they are sharded.
-        pairs: The two sets of weights.
-        cycles: The counts.
+        settings: The options of the outer loop.
+        parameters: Names of the parameters, and whether they are sharded.
+        pairs: Fast and slow weights.
+        cycles: Counts of steps and syncs.
         momentum: The inner momentum after the last sync.
         statistics: Slow BatchNorm statistics.
-        model_weights: The set that the model's own ``state_dict`` holds; ``None``: that which the parameters hold.
+        model_weights: The set that the model's own ``state_dict`` holds; ``None``: the set that is active.
 
     Attributes:
-        pending: What was loaded and waits: the model may be loaded after it.
+        pending: A state that was loaded and waits for its model.
     """
 
     settings: Settings
@@ -124,7 +124,7 @@ class Persistence:
     # -- saving
 
     def counters(self) -> dict[str, Any]:
-        """Settings and counts: the state without a tensor."""
+        """Settings and counts: the part of the state without tensors."""
         trained, idle = self.pairs.counterparts, self.pairs.idle
         names = self.parameters.names()
         return {
@@ -136,18 +136,18 @@ class Persistence:
         }
 
     def adopt(self) -> None:
-        """Right after a sync, let both sets have what was written into the parameters from outside since."""
+        """Right after a sync, let both sets be what the parameters hold: others may have written to them."""
         self.place()
         if self.pairs.active == "fast" and not self.cycles.begun():
             self.pairs.adopt()
 
     def state_dict(self, *, whole: bool, lean: bool = False) -> dict[str, Any]:
-        """The state of the outer loop, as `lightning_lookahead.outer_loop.saved_format` says; copies.
+        """The state of the outer loop, in copies; `lightning_lookahead.outer_loop.saved_format` documents its keys.
 
         Args:
-            whole: Of sharded weights, gather whole tensors on the first rank; by default each rank has its shards.
-            lean: Leave out what the model's own ``state_dict`` gives, if it is one file: right after a sync that is all
-                of it.
+            whole: Gather sharded weights on the first rank, as whole tensors; otherwise each rank has its shards.
+            lean: Leave out values that the model's own ``state_dict`` holds, too, unless weights are sharded. Right
+                after a sync those are all values.
         """
         self.adopt()
         lean = lean and not self.parameters.sharded
@@ -158,12 +158,15 @@ class Persistence:
                 name: {p: momentum.get(name, {}).get(p, torch.zeros_like(p)) for p in self.pairs.counterparts}
                 for name in self.momentum.names
             }
-        sharded = self.parameters.sharded
-        tensors = self._shards(weights, momentum, whole=whole) if sharded else self._named(weights, momentum)
-        state = {**self.counters(), **tensors}
+        state = self.counters()
+        if self.parameters.sharded:
+            entries = {"weights": weights, "momentum": momentum}
+            state.update({part: self._cut(own, whole=whole) for part, own in entries.items()}, checksums={})
+        else:
+            state.update(self._named(weights, momentum))
         if self.statistics.names:
             other = OTHER[self.saved_with]
-            values = self.statistics.live if other == self.pairs.active else self.statistics.kept
+            values = self.statistics.live if other == self.pairs.active else self.statistics.counterparts
             state["statistics"] = {other: dict(zip(self.statistics.names, copies(values), strict=True))}
         return {name: value for name, value in state.items() if value or name not in {"momentum", "weights"}}
 
@@ -193,10 +196,6 @@ class Persistence:
         sums[self.saved_with] = {name: checksum(beside.get(p, p).to(p.dtype)) for p, name in names.items()}
         return {**named, "checksums": sums}
 
-    def _shards(self, weights: Entries, momentum: Entries, *, whole: bool) -> dict[str, Any]:
-        entries = {"weights": weights, "momentum": momentum}
-        return {**{part: self._cut(own, whole=whole) for part, own in entries.items()}, "checksums": {}}
-
     def _cut(self, entries: Entries, *, whole: bool) -> dict[str, dict[str, Any]]:
         found: dict[str, dict[str, Any]] = {}
         for entry, values in entries.items():
@@ -216,11 +215,11 @@ class Persistence:
     # -- loading
 
     def load_state_dict(self, state: dict[str, Any], model: Mapping[str, Any] | None = None) -> None:
-        """Take the counts; what is tensors becomes `pending`, and takes its place if the model is there.
+        """Take the counts; tensors become `pending`, and take their places if the model is loaded already.
 
         Args:
             state: What `state_dict` returned.
-            model: The model's ``state_dict`` that was saved with it and has been loaded, if it is at hand.
+            model: The model's ``state_dict`` that was saved with ``state`` and has been loaded, if it is at hand.
 
         Raises:
             ValueError: If the state is damaged or of another model; nothing is changed then.
@@ -241,11 +240,11 @@ class Persistence:
 
     @property
     def waits(self) -> bool:
-        """Whether something was loaded that waits for the model to be loaded, too, and now can take its place."""
+        """Whether a pending state can take its place: its model has been loaded."""
         return self.pending is not None and self.pending.fits
 
     def when_loaded(self) -> None:
-        """Put what waits for the model in its place: the model was loaded just now, its statistics, too."""
+        """Put a pending state in its place: the model was loaded just now."""
         if self.pending is not None:
             self.pending.placed = False
         if self.waits:
@@ -256,9 +255,9 @@ class Persistence:
         return [parameter for parameter, name in self.parameters.names().items() if name in wanted]
 
     def _compare(self, pending: Pending, model: Mapping[str, Any]) -> None:
-        """Note what the model's ``state_dict``, which has been read with the pending state, has for each parameter.
+        """Compare the model's ``state_dict``, read with the pending state, with the checksums.
 
-        That tells what was changed after it was read also where the module rounds or converts what it loads.
+        A parameter itself cannot be compared where the module rounds or converts what it loads.
         """
         moved = pending.parameters
         for parameter, name in self.parameters.names().items():
@@ -301,7 +300,7 @@ class Persistence:
         return pending
 
     def _pieces_in(self, levels: list[Mapping[str, Any]]) -> list[Tensor]:
-        """The parameters that an entry has a value for; a flat parameter of FSDP1 is several."""
+        """The parameters that an entry has a value for; an FSDP1 flat parameter stands for several."""
         names = names_in(self._module)
         return [
             p
@@ -310,7 +309,7 @@ class Persistence:
         ]
 
     def _pieces(self, levels: Sequence[Mapping[str, Any]], base: Mapping[Tensor, Tensor]) -> dict[Tensor, Tensor]:
-        """What this rank has: of whole tensors, of shards, or of shards that were cut into words."""
+        """This rank's piece of each parameter's value: from whole tensors, shards, or shards cut into words."""
         whole = not any(_is_shard(value) for level in levels for value in level.values())
         if whole:
             names = names_in(self._module)
@@ -338,10 +337,10 @@ class Persistence:
     # -- into place
 
     def place(self) -> None:
-        """Make both sets what they have to be before anything looks at them or moves them.
+        """Make both sets right before anything reads or moves them.
 
-        What was loaded takes its place, again if the model was loaded since. It stays pending until training goes on.
-        Until training has begun phi is where the parameters are.
+        A pending state takes its place, once more if the model was loaded since. It stays pending until training goes
+        on. Before the first cycle phi is what the parameters hold.
         """
         pending = self.pending
         if self.pairs.active == "slow" or (self.pairs.begun and pending is None):
@@ -355,7 +354,7 @@ class Persistence:
             self.statistics.start()
 
     def let_go(self, *, begins: bool = False) -> None:
-        """Say that all is loaded: from here on the weights are moved.
+        """Drop the pending state: training moves the weights from here on.
 
         Args:
             begins: Whether the first cycle begins.
@@ -364,42 +363,42 @@ class Persistence:
         self.pairs.begun = self.pairs.begun or begins or (pending is not None and pending.begun)
 
     def begin(self) -> None:
-        """Say that all is loaded: what moves the parameters from here on is training, also another optimizer's."""
+        """Put a pending state in its place and drop it: training moves the weights from here on."""
         self.place()
         self.let_go()
 
     def _put(self, pending: Pending) -> None:
         pending.placed = True
         copy_(pending.loaded, pending.loaded.values())
-        # Also what is frozen now: it was trained when it was saved.
+        # Parameters that are frozen now may have been trained in the saved run.
         self.pairs.track({*pending.parameters, *pending.trained})
         self.cycles.update(self.pairs.counterparts)
         self.pairs.start()
         self.pairs.begun = pending.begun
-        kept = self.pairs.counterparts
+        counterparts = self.pairs.counterparts
         if pending.idle is not None:
-            self.pairs.idle = dict.fromkeys(p for p in pending.idle if p in kept)
+            self.pairs.idle = dict.fromkeys(p for p in pending.idle if p in counterparts)
         self.momentum.restore(pending.momentum)
         pending.left_out = changed = pending.unlike()
         if changed:
             message = (
                 f"Lookahead: {len(changed)} of {len(pending.parameters)} parameters do not have the values that the"
-                " weights in the checkpoint were saved with (changed while loading?). Those are left out: fast and slow"
-                " weights both start from the values loaded."
+                " weights in the checkpoint were saved with (changed while loading?). They are left out: their fast and"
+                " slow weights both start from the values loaded."
             )
             warnings.warn(message, stacklevel=2)
-        places = {"fast": {p: p for p in kept}, "slow": kept}
+        places = {"fast": {p: p for p in counterparts}, "slow": counterparts}
         for which, values in pending.weights.items():
-            own = [p for p in values if p in kept and p not in changed]
+            own = [p for p in values if p in counterparts and p not in changed]
             if which == "fast" or pending.begun:  # before that phi is theta
                 copy_([places[which][p] for p in own], [values[p] for p in own])
         self.statistics.start()
         for which, statistics in pending.statistics.items() if pending.begun else ():
-            copy_(self.statistics.live if which == "fast" else self.statistics.kept, statistics)
+            copy_(self.statistics.live if which == "fast" else self.statistics.counterparts, statistics)
 
 
 class Shards(dict[str, Any]):
-    """The state of sharded weights. One rank's shards, pickled alone, would be a file that nothing can go on from."""
+    """The state of sharded weights, which cannot be pickled: no run can resume from the shards of one rank."""
 
     def __reduce_ex__(self, _: object) -> tuple[Any, ...]:
         message = (
@@ -413,13 +412,13 @@ class Shards(dict[str, Any]):
 
 
 class WhenLoaded:
-    """Tells a `Persistence` that its module was loaded; nothing, where module or hook have been copied or pickled."""
+    """Tells a `Persistence` that its module was loaded. A copy, pickled or deep, tells nobody."""
 
     def __init__(self, persistence: Persistence | None = None) -> None:
         self._persistence = weakref.ref(persistence) if persistence is not None else None
 
     def __call__(self, *_: object) -> None:
-        """Put what waits in its place."""
+        """Put a pending state in its place."""
         persistence = self._persistence() if self._persistence is not None else None
         if persistence is not None:
             persistence.when_loaded()
@@ -429,13 +428,13 @@ class WhenLoaded:
 
 
 def _agree(value: Tensor, other: Tensor) -> bool:
-    """Whether two tensors, of two types perhaps, have the same values: neither is rounded for it."""
+    """Whether two tensors have equal values; their dtypes may differ, and neither is rounded."""
     common = torch.promote_types(value.dtype, other.dtype)
     return torch.equal(value.to(common), other.to(value.device, common))
 
 
 def _was_rounded(value: Tensor, parameter: Tensor) -> bool:
-    """Whether a parameter has a value as a module of lower precision, which was converted later, has loaded it."""
+    """Whether a parameter holds ``value`` rounded: a module of lower precision loaded it and was converted later."""
     if not value.is_floating_point() or torch.equal(value.to(parameter), parameter):
         return False
     narrow = (value.to(dtype).to(parameter) for dtype in (torch.float32, torch.bfloat16, torch.float16))
@@ -447,7 +446,7 @@ def _is_shard(value: object) -> bool:
 
 
 def _by_level(entries: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, list[Mapping[str, Any]]]]:
-    """Each entry with its words, the first of all tensors, then the second of those that have one, and so on."""
+    """Each entry and its levels: the first words of all tensors, the second words of tensors that have one, ..."""
     for entry in [key for key in entries if "." not in key]:
         levels = [entries[entry]]
         while word_key(entry, len(levels)) in entries:
@@ -456,6 +455,6 @@ def _by_level(entries: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, l
 
 
 def _levels(cut: Mapping[Any, list[Tensor]]) -> list[dict[Any, Tensor]]:
-    """The first word of each, the second of those that have one, and so on."""
+    """Levels of words: the first of each tensor, the second of each that has one, ..."""
     longest = max(map(len, cut.values()), default=0)
     return [{key: parts[index] for key, parts in cut.items() if len(parts) > index} for index in range(longest)]

@@ -1,32 +1,32 @@
-"""Everything that a checkpoint holds of ours: each key, the version, and how older versions are read.
+"""Everything that this package writes to a checkpoint: each key, the version, and how older versions are read.
 
 The state of one outer loop, what `SlowWeights.state_dict` returns:
 
 ===================  =========================================================================================
-``k``, ``alpha``...  `Settings.saved`, to compare with a run that goes on
+``k``, ``alpha``...  `Settings.saved`, to compare with the settings of a run that resumes
 ``steps``            inner steps taken
 ``steps_since_sync`` inner steps since the last sync
 ``syncs``            syncs done
-``groups``           the last two for each further cycle, if groups have a ``k`` or ``alpha`` of their own
-``trained``          names of the parameters that have two sets: they do also where a run that goes on has frozen them
-``idle``             names of those that have had no gradient since their last sync; None: all
+``groups``           ``steps_since_sync`` and ``syncs`` of each further cycle, if groups have a ``k`` or ``alpha``
+``trained``          names of the parameters that have slow weights, also if a run that resumes has frozen them
+``idle``             names of the trained parameters without a gradient since their last sync; None: all
 ``saved_with``       ``"slow"`` or ``"fast"``: the set that the model's own ``state_dict`` holds
-``weights``          the other set: its name -> parameter name -> tensor; slow weights that the model's ``state_dict``
-                     cannot hold without rounding, too
-``momentum``         the inner momentum after the last sync (``pullback_momentum="pullback"``): name of the optimizer's
-                     entry -> parameter name -> tensor
-``statistics``       the other set of BatchNorm statistics (``buffers="sync"``), as ``weights`` are
-``checksums``        set -> parameter name -> CRC-32 of the values, of what is in the model's ``state_dict`` and of
-                     ``weights``; empty if they are sharded
+``weights``          set -> parameter name -> tensor, of the set that is not ``saved_with``; and slow weights that the
+                     model's ``state_dict`` cannot hold without rounding
+``momentum``         the inner momentum after the last sync (``pullback_momentum="pullback"``): entry of the optimizer's
+                     state -> parameter name -> tensor
+``statistics``       set -> buffer name -> tensor, of the set that is not ``saved_with`` (``buffers="sync"``)
+``checksums``        set -> parameter name -> CRC-32 of the values in the model's ``state_dict`` and in ``weights``;
+                     empty if the weights are sharded
 ===================  =========================================================================================
 
-Where parameters have no names they go by their place in the optimizer, ``"[0]"``. In a shard, which has the type of its
-parameter, a slow weight of a wider type is cut into words: ``"slow"``, ``"slow.1"``, ...
+A parameter without a name goes by its place in the optimizer, ``"[0]"``. A shard has the dtype of its parameter: a slow
+weight of a wider dtype is cut into words, ``"slow"``, ``"slow.1"``, ...
 
-The callback's state in a Lightning checkpoint: ``lookahead_version``, its settings, ``optimizers`` (the state of one
-outer loop for each), ``aliases`` (lists of names that share a parameter), ``monitor``. What is a tensor lies there in
-one file. In a folder of shards it lies in the state of the first optimizer under `SHARDS`, beside ``state`` and
-``param_groups``, where torch and Lightning look for nothing.
+The callback's state in a Lightning checkpoint: ``lookahead_version``, its settings, ``optimizers`` (for each the state
+of its outer loop), ``aliases`` (lists of names that share a parameter), ``monitor``. A file has tensors there. A folder
+of shards has them in the state of the first optimizer, under `SHARDS`, beside ``state`` and ``param_groups``: torch and
+Lightning ignore that key.
 """
 
 from __future__ import annotations
@@ -49,39 +49,39 @@ Weights = Literal["slow", "fast"]
 OTHER: dict[Weights, Weights] = {"slow": "fast", "fast": "slow"}
 
 VERSION = 2
-"""Version of what a checkpoint holds of ours, raised when an older reader would get it wrong."""
+"""Version of this format. It is raised when an older reader would misread a file."""
 
 SHARDS = "lookahead"
-"""Where a folder of shards has the tensors, in the state of the first optimizer."""
+"""Key of the tensors in the state of the first optimizer, in a folder of shards."""
 
 TENSORS = ("weights", "momentum", "statistics")
-"""The parts of a state that are tensors, each of them a dict of dicts of tensors."""
+"""Keys of a state with tensors: each is a dict of dicts of tensors."""
 
 GROUP_SETTINGS = ("lookahead_k", "lookahead_alpha")
-"""What a param group may have of its own."""
+"""Keys that a param group may have."""
 
 
 def words(value: Tensor, dtype: torch.dtype) -> list[Tensor]:
-    """A tensor as tensors of its shape and of another type, bit for bit: several if it is wider, rounded never."""
+    """A tensor cut into tensors of its shape and of ``dtype``, bit for bit: several if it is wider."""
     if value.dtype == dtype or value.element_size() < dtype.itemsize:
         return [value.to(dtype)]
     return list(value.contiguous().unsqueeze(-1).view(dtype).unbind(-1))
 
 
 def joined(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """The tensor of this type that was cut into `words`."""
+    """The tensor of this dtype that was cut into `words`."""
     if parts[0].dtype == dtype or dtype.itemsize < parts[0].element_size():
         return parts[0].to(dtype)
     return torch.stack(list(parts), -1).view(dtype).squeeze(-1)
 
 
 def word_key(name: str, index: int) -> str:
-    """What a word of an entry is called."""
+    """The key of a word of an entry."""
     return f"{name}.{index}" if index else name
 
 
 def without_words(entries: Mapping[str, Mapping[str, Tensor]], dtypes: Mapping[str, torch.dtype]) -> dict[str, Any]:
-    """Entries of a state with the words of each tensor joined; ``dtypes`` are those of the slow weights, by name."""
+    """Entries of a state with the words of each tensor joined; ``dtypes``: name -> dtype of the slow weight."""
     whole: dict[str, dict[str, Tensor]] = {}
     for key, values in entries.items():
         if "." in key:
@@ -96,13 +96,13 @@ def without_words(entries: Mapping[str, Mapping[str, Tensor]], dtypes: Mapping[s
 
 
 def slow_dtype(dtype: torch.dtype, chosen: torch.dtype | None) -> torch.dtype:
-    """The type of a parameter's slow weights: what was chosen, or its own, but at least float32."""
+    """The dtype of a parameter's slow weights: the chosen one, or the parameter's own, but at least float32."""
     if not dtype.is_floating_point:
         return dtype
     return chosen or torch.promote_types(dtype, torch.float32)
 
 
-# -- what is refused
+# -- checks
 
 
 def check_weights(weights: str, argument: str = "weights") -> None:
@@ -113,7 +113,7 @@ def check_weights(weights: str, argument: str = "weights") -> None:
 
 
 def check_saved(state: object, where: object = "The checkpoint") -> None:
-    """Raise unless this is what a callback of this version has saved."""
+    """Raise unless ``state`` is the state of a callback, in this version of the format."""
     version = state.get("lookahead_version") if isinstance(state, dict) else None
     if not isinstance(state, dict) or version != VERSION:
         message = (
@@ -130,7 +130,7 @@ def check_saved(state: object, where: object = "The checkpoint") -> None:
 
 
 def check_state(state: object) -> None:
-    """Raise unless this is the state of one outer loop: counts that fit together, tensors where there may be some."""
+    """Raise unless ``state`` is the state of one outer loop: its counts fit together, its tensors are tensors."""
     if not isinstance(state, dict):
         message = f"The saved Lookahead state is {state!r}; it must be a dict of steps, steps_since_sync and syncs."
         raise ValueError(message)  # noqa: TRY004 (it comes from a file)
@@ -188,7 +188,7 @@ def _are_integers(values: object) -> bool:
 
 
 def check_entries(entry: str, values: dict[str, Tensor], parameters: dict[str, Tensor]) -> None:
-    """Raise unless the values that were saved have the shapes of the parameters of their names."""
+    """Raise unless each saved value has the shape of the parameter with its name."""
     for name, value in values.items():
         if name in parameters and tuple(value.shape) != tuple(parameters[name].shape):
             message = (
@@ -200,7 +200,7 @@ def check_entries(entry: str, values: dict[str, Tensor], parameters: dict[str, T
 
 
 def check_sums(entries: dict[str, dict[str, Tensor]], sums: dict[str, dict[str, int]]) -> None:
-    """Raise if a weight does not have the checksum that it was saved with."""
+    """Raise if a weight does not have the checksum in the file."""
     for entry, values in entries.items():
         for name, value in values.items():
             if name in sums.get(entry, {}) and checksum(value) != sums[entry][name]:
@@ -208,7 +208,7 @@ def check_sums(entries: dict[str, dict[str, Tensor]], sums: dict[str, dict[str, 
                 raise ValueError(message)
 
 
-# -- version 1: the other set was in the optimizers' states, as entries of these names
+# -- version 1: it had tensors in the optimizers' states, as entries of these names
 
 _ENTRIES_1 = {
     "lookahead_slow": ("weights", "slow"),
@@ -219,7 +219,7 @@ _ENTRIES_1 = {
 
 
 def upgrade(checkpoint: dict[str, Any], ours: dict[str, Any]) -> None:
-    """Make a file of version 1, whose callback's state is ``ours``, one of this version, in place."""
+    """Turn a checkpoint of version 1 into one of this version, in place; ``ours`` is the callback's state in it."""
     if ours.get("lookahead_version") != 1 or not isinstance(ours.get("optimizers"), list):
         return
     ours["lookahead_version"], ours["aliases"] = VERSION, ours.pop("tied", [])

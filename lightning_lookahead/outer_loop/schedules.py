@@ -1,4 +1,4 @@
-"""How far the slow weights go at a sync, and how long a cycle is: a number, or one that changes from sync to sync."""
+"""alpha and k: numbers, or functions of the number of syncs done."""
 
 from __future__ import annotations
 
@@ -6,39 +6,34 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 
-from lightning_lookahead._arguments import check_alpha, check_k
+from lightning_lookahead._arguments import check_alpha, check_integer, check_k
 
 from .adaptive import AdaptiveAlpha
 
 StepSize = float | Callable[[int], float] | AdaptiveAlpha
-"""alpha, a function that gives it, of the number of syncs done, or a way to estimate it."""
+"""alpha, a function of the number of syncs done that gives it, or an estimate."""
 CycleLength = int | Callable[[int], float]
-"""k, or a function that gives it, of the number of syncs done; it is rounded."""
+"""k, or a function of the number of syncs done that gives it; the value is rounded."""
 
 
 class Schedule(ABC):
-    """A value for each sync, from one to another: an ``alpha`` or a ``k`` that changes in training.
-
-    Any function of an int will do, too.
-    """
+    """A value for each sync, from ``start`` to ``end``: an ``alpha`` or a ``k`` that changes in training."""
 
     def __init__(self, start: float, end: float, syncs: int) -> None:
-        if isinstance(syncs, bool) or not isinstance(syncs, int) or syncs < 1:
-            message = f"syncs={syncs!r} is out of range: the length of a schedule must be an integer of at least 1."
-            raise ValueError(message)
-        self.start, self.end, self.syncs = start, end, syncs
+        self.start, self.end = start, end
+        self.syncs = check_integer(syncs, "syncs", 1, "the length of a schedule")
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(start={self.start}, end={self.end}, syncs={self.syncs})"
 
     def __call__(self, sync: int) -> float:
-        """The value for the sync that ``sync`` others came before."""
+        """The value for a sync, of the number of syncs before it."""
         done = self._done(min(sync / self.syncs, 1.0))
         return (1 - done) * self.start + done * self.end
 
     @abstractmethod
     def _done(self, part: float) -> float:
-        """How much of the way is done when this part of the syncs is."""
+        """The part of the way, 0 to 1, that is done after this part of the syncs."""
 
 
 class Linear(Schedule):
@@ -103,12 +98,12 @@ def alpha_at(alpha: float | Callable[[int], float], sync: int, name: str = "alph
 
 
 def k_at(k: CycleLength, sync: int, name: str = "k") -> int:
-    """The inner steps of the cycle that ends with a sync; raises if a schedule gives what is out of range."""
-    return check_k(round(k(sync)), f"{name} at sync {sync}") if callable(k) else k  # looked at in every step
+    """The inner steps of the cycle before a sync; raises if a schedule gives a value out of range."""
+    return check_k(round(k(sync)), f"{name} at sync {sync}") if callable(k) else k  # unchecked: called in every step
 
 
 def describe(value: StepSize | CycleLength) -> float | str:
-    """A number as it is; of a function a name, for a checkpoint to compare with."""
+    """A number, or the name of a function: what a checkpoint says of it."""
     if isinstance(value, (Schedule, AdaptiveAlpha)):
         return repr(value)
     if not callable(value):

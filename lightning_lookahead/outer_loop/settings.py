@@ -1,4 +1,4 @@
-"""What one outer loop is told: each option once, with its default and its check."""
+"""The options of one outer loop: each once, with its default and its check."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 
-from lightning_lookahead._arguments import PullbackMomentum, check_choice
+from lightning_lookahead._arguments import PullbackMomentum, check_choice, check_integer
 
 from .schedules import CycleLength, StepSize, check_cycle_length, check_step_size, describe
 
@@ -19,18 +19,18 @@ Nonfinite = Literal["raise", "skip", "restore"]
 Buffers = Literal["keep", "sync"]
 SlowDtype = Literal["float32", "float64", "bfloat16", "float16"]
 
-_NOT_SAVED = {"saved": False}  # of what a run may go on with another value of, bit for bit
+_NOT_SAVED = {"saved": False}  # a run may resume with another value and is the same run, bit for bit
 
 
 @dataclass(frozen=True)
 class Settings:
     """The options of one outer loop, as `SlowWeights` documents them. They cannot be changed.
 
-    To add one: a field here, with its check, and its place in the signature and docstring of `SlowWeights` and of
-    `LookaheadCallback`. Checkpoints hold it and are compared with it from then on.
+    To add an option: a field with its check here, and its place in the signatures and docstrings of `SlowWeights` and
+    `LookaheadCallback`. Checkpoints hold it from then on, and a run that resumes is compared with it.
 
     Raises:
-        ValueError: If one is out of range.
+        ValueError: If an option is out of range.
     """
 
     k: CycleLength = 5
@@ -43,9 +43,13 @@ class Settings:
     buffers: Buffers = "keep"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "k", check_cycle_length(self.k))  # NumPy's numbers become Python's: files hold them
-        object.__setattr__(self, "alpha", check_step_size(self.alpha))
-        check_start(self.start_step)
+        checked = {
+            "k": check_cycle_length(self.k),
+            "alpha": check_step_size(self.alpha),
+            "start_step": check_integer(self.start_step, "start_step", 0),
+        }
+        for name, value in checked.items():  # NumPy's numbers are Python's now: files hold them
+            object.__setattr__(self, name, value)
         check_choice("pullback_momentum", self.pullback_momentum, get_args(PullbackMomentum))
         check_choice("nonfinite", self.nonfinite, get_args(Nonfinite))
         check_choice("buffers", self.buffers, get_args(Buffers))
@@ -53,13 +57,13 @@ class Settings:
         device_of(self.slow_device)
 
     def saved(self) -> dict[str, Any]:
-        """What a checkpoint says of them, and a run that goes on is compared with: numbers and strings."""
+        """The options that a checkpoint holds, as numbers and strings."""
         named = {f.name: getattr(self, f.name) for f in fields(self) if f.metadata.get("saved", True)}
         return {name: describe(value) if name in {"k", "alpha"} else value for name, value in named.items()}
 
 
 def warn_of_differences(saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
-    """Warn once if a run goes on with other settings than were saved; settings that were not saved are passed over."""
+    """Warn once if a run resumes with settings that differ from the saved ones; unsaved ones are passed over."""
     changed = [
         f"{name} was {saved[name]!r} and is {value!r}" for name, value in own.items() if saved.get(name, value) != value
     ]
@@ -68,15 +72,8 @@ def warn_of_differences(saved: Mapping[str, Any], own: Mapping[str, Any]) -> Non
         warnings.warn(message, stacklevel=3)
 
 
-def check_start(start_step: int) -> None:
-    """Raise unless ``start_step`` is an integer of at least 0."""
-    if isinstance(start_step, bool) or not isinstance(start_step, int) or start_step < 0:
-        message = f"start_step={start_step!r} is out of range: it must be an integer of at least 0."
-        raise ValueError(message)
-
-
 def dtype_of(slow_dtype: str | None) -> torch.dtype | None:
-    """The floating-point type of this name; raises if there is none."""
+    """The dtype of this name; raises if it is not allowed."""
     if slow_dtype is None:
         return None
     check_choice("slow_dtype", slow_dtype, get_args(SlowDtype))
@@ -85,7 +82,7 @@ def dtype_of(slow_dtype: str | None) -> torch.dtype | None:
 
 
 def device_of(slow_device: str | None) -> torch.device | None:
-    """The device of this name; raises if there is none."""
+    """The device of this name; raises if there is no such device."""
     if slow_device is None:
         return None
     try:

@@ -1,7 +1,7 @@
 """Weights that are spread over ranks: DTensors (FSDP2, tensor parallelism) and the flat shards of FSDP1.
 
-Every rank keeps phi of the pieces of theta that it has, so that a sync is local. What needs care is that both kinds of
-FSDP can leave weights gathered after a forward: what is then written to the shards is not seen by the next forward.
+Every rank keeps phi of its pieces of theta, so that a sync is local. Both kinds of FSDP can leave weights gathered
+after a forward: the next forward then does not see what is written to the shards, unless they are resharded first.
 """
 
 from __future__ import annotations
@@ -51,13 +51,14 @@ def reshard(module: nn.Module) -> None:
 def named_shards(module: nn.Module, values: Mapping[Tensor, Tensor], *, whole: bool) -> dict[str, Any]:
     """Values for parameters of a sharded module, by name, in the form in which its own weights are saved.
 
-    They take the parameters' place while torch makes the module's ``state_dict``, and leave it again: so whatever torch
-    does with the weights of any strategy it does with them. All ranks take part.
+    The parameters hold the values while torch makes the module's ``state_dict``: so torch treats the values as it
+    treats the weights of each strategy. All ranks take part.
 
     Args:
         module: The module that is sharded.
         values: Parameter -> value, of the parameter's type and the shape of this rank's piece.
-        whole: Gather whole tensors on the first rank's CPU; the others get none. Otherwise each rank has its shards.
+        whole: Gather whole tensors on the CPU of the first rank; other ranks get none. Otherwise each rank has its
+            shards.
 
     Returns:
         Name -> a copy: a whole tensor, a `DTensor`, or what FSDP1 has for it.
@@ -77,13 +78,13 @@ def named_shards(module: nn.Module, values: Mapping[Tensor, Tensor], *, whole: b
 
 
 def pieces(module: nn.Module, base: Mapping[Tensor, Tensor], named: Mapping[str, Any], *, whole: bool) -> list[Tensor]:
-    """This rank's piece of each value, out of what `named_shards` has returned; all ranks take part.
+    """This rank's piece of each value that `named_shards` returned; all ranks take part.
 
     Args:
         module: The module that is sharded.
-        base: Parameter -> what to give where its name is not there, of its type and the shape of this rank's piece.
+        base: Parameter -> the default where ``named`` lacks its name, of its dtype and the shape of this rank's piece.
         named: Name -> value.
-        whole: They are whole tensors, on every rank; otherwise shards.
+        whole: Whether the values are whole tensors, on every rank; otherwise they are shards.
     """
     spelt = {bare(name): name for name in get_model_state_dict(unwrapped(module))}
     before = copies(base)
@@ -99,12 +100,12 @@ def pieces(module: nn.Module, base: Mapping[Tensor, Tensor], named: Mapping[str,
 
 
 def load_named(module: nn.Module, named: dict[str, Any], *, whole: bool) -> None:
-    """Load tensors by name into a module that may be sharded; names that are left out stay as they are."""
+    """Load tensors by name into a module that may be sharded; parameters without a value stay as they are."""
     set_model_state_dict(unwrapped(module), named, options=StateDictOptions(full_state_dict=whole, strict=False))
 
 
 def detach_aliases(state_dict: dict[str, Any]) -> None:
-    """Replace every tensor of a sharded ``state_dict`` by a copy: on the CPU, "offloaded" ones are live still."""
+    """Replace every tensor of a sharded ``state_dict`` by a copy: on the CPU torch offloads without copying."""
     for name, value in state_dict.items():
         if hasattr(value, "local_shards"):
             for shard in value.local_shards():
@@ -121,7 +122,7 @@ def any_rank(flag: bool, device: torch.device) -> bool:  # noqa: FBT001
 
 
 def entry(module: nn.Module, root: nn.Module) -> nn.Module:
-    """The one of the two whose forward computes ``module``'s, on this rank alone where nothing is sharded.
+    """The module to call for ``module``'s forward: on this rank alone, unless weights are sharded.
 
     FSDP1 gathers weights only where its outermost wrapper is entered. DDP's wrapper would send buffers around.
     """
@@ -129,9 +130,9 @@ def entry(module: nn.Module, root: nn.Module) -> nn.Module:
 
 
 class BackwardSeen:
-    """Whether a backward has reached parameters of which this rank has no piece, where FSDP1 shows no gradient.
+    """Whether a backward has reached parameters of which this rank has no piece: FSDP1 shows no gradient of them.
 
-    Their flat parameter gets its gradient on every rank, before it is spread.
+    Their flat parameter has its gradient on every rank, before FSDP1 scatters it.
 
     Args:
         module: The module.
@@ -140,7 +141,7 @@ class BackwardSeen:
 
     def __init__(self, module: nn.Module, parameters: Collection[Tensor]) -> None:
         self.since_last = False
-        """Whether one has since this was last set to ``False``."""
+        """Whether a backward has reached them since this was last set to ``False``."""
         handles = [part._handle for part in module.modules() if isinstance(part, FullyShardedDataParallel)]
         flat = [handle.flat_param for handle in handles if handle is not None]
         own = [f for f in flat if any(p is mine for p in f._params or [] for mine in parameters)]
@@ -148,7 +149,7 @@ class BackwardSeen:
 
     @classmethod
     def where_needed(cls, module: nn.Module | None, parameters: Collection[Tensor]) -> BackwardSeen | None:
-        """One, if this rank has no piece of any of the parameters."""
+        """A `BackwardSeen` if this rank has no piece of any of the parameters, else ``None``."""
         parts = module.modules() if module is not None else ()
         if module is None or not any(isinstance(part, FullyShardedDataParallel) for part in parts):
             return None
@@ -158,6 +159,6 @@ class BackwardSeen:
         self.since_last = True
 
     def close(self) -> None:
-        """Look no more."""
+        """Remove the hooks."""
         for hook in self._hooks:
             hook.remove()

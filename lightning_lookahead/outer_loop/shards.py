@@ -1,4 +1,4 @@
-"""What a folder of shards holds of ours: listed, and loaded by every rank."""
+"""The outer loops' tensors in a folder of shards: listed, and loaded by every rank."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from .slow_weights import SlowWeights
 
 KEY = ("optimizer_0", SHARDS)
-"""Where Lightning's sharded strategies write the state of the first optimizer, and we in it."""
+"""Lightning's sharded strategies write the state of the first optimizer there; the tensors are in it."""
 
 
 def listed(path: str | os.PathLike[str]) -> dict[tuple[str, ...], TensorStorageMetadata]:
-    """Each of our tensors in a folder, by its keys from the optimizer's number on."""
+    """Keys of a tensor, from the optimizer's number on -> its metadata, for all tensors of outer loops in a folder."""
     metadata = FileSystemReader(Path(path)).read_metadata()
     found: dict[tuple[str, ...], TensorStorageMetadata] = {}
     for name, keys in (metadata.planner_data or {}).items():
@@ -35,7 +35,7 @@ def listed(path: str | os.PathLike[str]) -> dict[tuple[str, ...], TensorStorageM
 def load_folder(
     path: str | os.PathLike[str], states: Sequence[dict[str, Any]], slow_weights: Sequence[SlowWeights]
 ) -> None:
-    """Give each state the tensors that a folder has for it, as shards of this run; a file has them in its states."""
+    """Give each state its tensors out of a folder, as shards of this run; nothing is done for a file."""
     if not Path(path).is_dir():
         return
     found = listed(path)

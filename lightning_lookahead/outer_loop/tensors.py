@@ -1,7 +1,7 @@
 """Arithmetic over lists of tensors, in place and without gradients.
 
-Two lists have as many tensors, of the same shapes pairwise. Of a sharded tensor this rank's piece is seen: no
-collective is issued.
+Two lists have equally many tensors, of equal shapes pairwise. Of a sharded tensor the functions see this rank's piece:
+no collective is issued.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def local(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """The pieces that this rank has: foreach operations know no DTensors."""
+    """This rank's piece of each tensor: foreach operations know no DTensors."""
     tensors = list(tensors)
     if DTensor not in set(map(type, tensors)):
         return tensors
@@ -28,7 +28,7 @@ def local(tensors: Iterable[Tensor]) -> list[Tensor]:
 
 
 def storage_key(tensor: Tensor) -> tuple[object, ...]:
-    """Where a tensor's values lie: equal for two tensors of the same storage, shape and strides."""
+    """Where a tensor's values lie: equal for two tensors that share storage, shape and strides."""
     (piece,) = local([tensor])
     return (piece.data_ptr(), piece.shape, piece.stride()) if piece.numel() else (id(tensor),)
 
@@ -38,8 +38,8 @@ def storage_key(tensor: Tensor) -> tuple[object, ...]:
 def copies(tensors: Iterable[Tensor]) -> list[Tensor]:
     """Copy each tensor into storage of its own, with its strides.
 
-    Ordinary tensors also where the caller is in inference mode (as Lightning's validation is): an inference tensor
-    could not be updated in place by a later sync.
+    The copies are ordinary tensors, also in inference mode (in which Lightning validates): a later sync could not
+    update an inference tensor in place.
     """
     return [tensor.detach().clone() for tensor in tensors]
 
@@ -69,7 +69,7 @@ def interpolate_(slow: Collection[Tensor], fast: Collection[Tensor], alpha: floa
 
 @torch.no_grad()
 def exchange_(left: Collection[Tensor], right: Collection[Tensor]) -> None:
-    """Exchange the values of each pair, with one tensor's worth of extra memory at a time; all of them or none."""
+    """Exchange the values of each pair, all or none, with extra memory for one tensor at a time."""
     left, right = local(left), local(right)
     done = 0
     try:
@@ -81,9 +81,9 @@ def exchange_(left: Collection[Tensor], right: Collection[Tensor]) -> None:
             except BaseException:
                 a.copy_(values)
                 raise
-            del values  # before the next one is made: there is never more than one
+            del values  # before the next one is made
             done += 1
-    except BaseException:  # out of memory, say: half-exchanged weights would be neither set
+    except BaseException:  # out of memory, say: half exchanged, the weights would be neither set
         exchange_(left[:done], right[:done])
         raise
 
@@ -92,11 +92,11 @@ def exchange_(left: Collection[Tensor], right: Collection[Tensor]) -> None:
 def seem_finite(tensors: Collection[Tensor]) -> bool:
     """Whether all values are finite, as fast as memory can be read; waits for the device once.
 
-    If not, `not_finite` has the last word: where a value is not finite no sum is, but a sum may overflow as well.
+    ``True`` is certain. After ``False`` ask `not_finite`: a sum of finite values may overflow.
     """
     listed = local(tensors)
     if not all(tensor.is_cpu for tensor in listed):
-        return not not_finite(listed)  # one kernel over all of them; a sum is one for each
+        return not not_finite(listed)  # one kernel for all tensors; sums would be one each
     return all(cmath.isfinite(_sum(tensor).item()) for tensor in listed)
 
 
@@ -146,9 +146,9 @@ _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def bit_sum(tensor: Tensor) -> Tensor:
-    """A sum over a tensor's values read as integers, and weighted by where they are: exact, in whatever order.
+    """A sum over a tensor's values read as integers, weighted by their places: exact in any order of summation.
 
-    Where values change places, or are others, it is another, but by a chance of one in very many.
+    Two tensors with different values, or with values in different places, have different sums, but for rare chance.
     """
     real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
     bits = real.detach().reshape(-1).view(_BITS[real.element_size()])
@@ -162,4 +162,4 @@ def bit_sum(tensor: Tensor) -> Tensor:
 
 
 _WIDTH = 2**10
-"""Values in a row of `bit_sum`: what it keeps beside them is a row and a column."""
+"""Values in a row of `bit_sum`, which needs memory for one row and one column."""

@@ -1,4 +1,4 @@
-"""Both tensors of each trained parameter, and which set of weights the parameters hold."""
+"""Fast and slow weights of each trained parameter, and which set the parameters hold."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Moving:
-    """What a sync moves: fast weights, a slow tensor of each, and both arranged for a CPU."""
+    """The weights that a sync moves: fast ones, a slow one for each, and both arranged for a CPU."""
 
     fast: list[Tensor]
     slow: list[Tensor]
@@ -42,24 +42,24 @@ class Moving:
 class WeightPairs:
     """The trained parameters of an optimizer, each with a counterpart that starts from its value when it appears.
 
-    Parameters that need no gradient are left out until they do; those on one storage count once. A parameter that was
-    trained stays although it is frozen later. Those to exclude are left out whatever they need.
+    A parameter that needs no gradient is left out until it does, and stays when it is frozen again. Parameters that
+    share storage count once. Excluded parameters are left out always.
 
-    The counterpart holds the set of weights that is not active. Where it is *apart*, of another dtype or on another
-    device than its parameter, it holds the slow weights always, so that they are never rounded; then a third tensor
-    keeps the fast weights while the parameter holds the slow ones.
+    The counterpart holds the set of weights that is not active. A counterpart that is *apart*, of another dtype or on
+    another device than its parameter, always holds the slow weights, so that they are never rounded; a third tensor
+    then keeps the fast weights while the parameter holds the slow ones.
 
     Args:
         optimizer: The optimizer.
-        settings: The dtype and the device of the counterparts; by default the parameter's, but at least float32.
+        settings: ``slow_dtype`` and ``slow_device`` of the counterparts.
         exclude: Parameters to leave out.
-        shared: Parameters that another optimizer moves, too: not all that a step did not move is from outside.
+        shared: Parameters that another optimizer moves, too: its moves are training, not writes from outside.
 
     Attributes:
         active: The set that the parameters hold.
-        dtype: Of the counterparts, as it was chosen.
-        begun: Whether there are two sets: until the first cycle begins there is one.
-        idle: Trained parameters that have had no gradient in the optimizer's own steps since their last sync.
+        dtype: ``slow_dtype`` as a torch dtype.
+        begun: Whether there are two sets: before the first cycle there is one.
+        idle: Trained parameters without a gradient in the optimizer's steps since their last sync.
     """
 
     def __init__(
@@ -68,11 +68,11 @@ class WeightPairs:
         self._counterparts: dict[Tensor, Tensor] = {}
         self._offload = Offload()
         self.active: Weights = "fast"
-        self._aside: dict[Tensor, Tensor] = {}  # fast weights of those that are apart, while they hold the slow ones
-        self._two: set[Tensor] = set()  # which are two, where a swap right after a sync expects one
+        self._aside: dict[Tensor, Tensor] = {}  # fast weights of parameters that are apart and hold the slow ones
+        self._two: set[Tensor] = set()  # parameters whose sets differ right after a sync
         self._optimizer = optimizer
         self._exclude = set(exclude)
-        # With an alpha of 1 a sync takes theta whatever phi is: what another optimizer moves then belongs to both.
+        # With an alpha of 1 a sync copies theta to phi, so that a move by another optimizer belongs to both sets.
         self._shared = set() if settings.alpha == 1 else set(shared)
         self.dtype, self._device = dtype_of(settings.slow_dtype), device_of(settings.slow_device)
         self._listed: list[Tensor] = []
@@ -90,7 +90,7 @@ class WeightPairs:
     # -- which parameters
 
     def track(self, also: Collection[Tensor] = ()) -> None:
-        """Look at the optimizer's groups again; take in ``also``, whether they need a gradient or not."""
+        """Look at the optimizer's groups again; take in ``also``, even if they need no gradient."""
         self._listed = parameters_of(self._optimizer)
         by_storage = {storage_key(parameter): parameter for parameter in reversed(self._listed)}
         single = dict.fromkeys(reversed(by_storage.values()))
@@ -105,7 +105,7 @@ class WeightPairs:
         )
 
     def track_new(self) -> bool:
-        """Take in parameters that were added or unfrozen, and say if there are any; costs nothing per trained one."""
+        """Take in parameters that were added or unfrozen; return whether there are any. Trained ones cost nothing."""
         listed = sum(len(group["params"]) for group in self._optimizer.param_groups)
         unfrozen = (parameter.requires_grad and parameter not in self._exclude for parameter in self._left_alone)
         if listed != len(self._listed) or any(unfrozen):
@@ -114,14 +114,14 @@ class WeightPairs:
         return False
 
     def track_replaced(self) -> None:
-        """Take in parameters that were put in the place of others."""
+        """Take in parameters that have replaced others in the groups."""
         if any(map(operator.is_not, self._listed, parameters_of(self._optimizer))):
             self.track()
 
     def note_gradients(self) -> None:
-        """Note which have a gradient in a step: after the first one of a cycle only those are asked that had none.
+        """Take parameters with a gradient out of `idle`: after the first step of a cycle few are left to ask.
 
-        What FSDP1 shows of a parameter of which this rank has no piece says nothing.
+        A parameter without a piece on this rank counts as moved: FSDP1 shows no gradient of it.
         """
         if self.idle:
             self.idle = {parameter: None for parameter in self.idle if parameter.grad is None and parameter.numel()}
@@ -138,23 +138,23 @@ class WeightPairs:
         ]
 
     def is_apart(self, parameter: Tensor) -> bool:
-        """Whether its counterpart is of another dtype or on another device."""
+        """Whether a parameter's counterpart has another dtype or device."""
         counterpart = self.counterparts[parameter]
         return counterpart.dtype != parameter.dtype or counterpart.device != parameter.device
 
     def move_to_parameters(self) -> None:
-        """Move the counterparts to where the parameters are now, unless they have a device of their own."""
+        """Move the counterparts to the parameters' device, unless ``slow_device`` is given."""
         if self._device is None and any(p.device != other.device for p, other in self.counterparts.items()):
             self._counterparts = {p: other.to(p.device) for p, other in self.counterparts.items()}
             self._aside = {p: fast.to(p.device) for p, fast in self._aside.items()}
 
     def prepare(self) -> None:
-        """Say that a sync comes after the next step: what is on the CPU can set out for the GPU."""
+        """Begin to copy offloaded slow weights to the GPU: a sync comes after the next step."""
         self._offload.fetch(self._offloaded(self._counterparts.items()))
 
     @contextmanager
     def at_hand(self, moving: Moving) -> Iterator[Moving]:
-        """Let slow weights that are kept on the CPU be beside their fast ones inside the ``with`` block."""
+        """Let offloaded slow weights be on their fast weights' device inside the ``with`` block."""
         offloaded = self._offloaded(zip(moving.fast, moving.slow, strict=True))
         if not offloaded:
             yield moving
@@ -177,7 +177,7 @@ class WeightPairs:
         copy_(self.counterparts.values(), self.counterparts)
 
     def end_swap(self) -> None:
-        """Take what the parameters hold now for the fast weights: something was loaded into them."""
+        """Take what the parameters hold for the fast weights: a state was loaded."""
         self.active, self._aside, self.begun = "fast", {}, False
         self._offload.forget()
 
@@ -188,29 +188,29 @@ class WeightPairs:
         if weights == "fast":
             return {p: p for p in others} if self.active == "fast" or not self.begun else {**others, **self._aside}
         held = set() if self.active == "fast" else others.keys() - self._aside.keys()
-        if not self.begun:  # then a counterpart of fewer digits has not even the one set
+        if not self.begun:  # there is one set, which a counterpart of lower precision cannot hold
             held = {p for p, other in others.items() if torch.promote_types(p.dtype, other.dtype) != other.dtype}
         return {p: p if p in held else other for p, other in others.items()}
 
     @torch.inference_mode(mode=False)  # in which Lightning validates; the counterparts outlive it
     def swap_to(self, weights: Weights, *, synced: bool = False) -> None:
-        """Let the parameters hold ``weights``; all of them do, or none if there is no memory for it.
+        """Let all parameters hold ``weights``, or none if memory runs out.
 
         Args:
             weights: The set that they hold then.
-            synced: No step was taken since both were made equal: what was written from outside since belongs to both.
+            synced: Whether no step was taken since the last sync: a write from outside then belongs to both sets.
         """
         check_weights(weights)
         if weights == self.active or not self.begun:
             self.active = weights
             return
         aside: dict[Tensor, Tensor] = {}
-        apart = self._aside  # which were apart then: the module may have been moved to the counterparts since
+        apart = self._aside  # apart at the swap to slow: the module may have moved to the counterparts' device since
         if weights == "slow":
             apart = {p: phi for p, phi in self.counterparts.items() if self.is_apart(p)}
             aside = {p: p.detach().to(self._device, copy=True) for p in apart}
         together = {p: other for p, other in self.counterparts.items() if p not in apart}
-        if synced:  # then only these are two
+        if synced:  # the sets of most parameters are equal
             if weights == "slow":
                 two = self._two = self.adopt(self._shared)
             else:
@@ -224,37 +224,37 @@ class WeightPairs:
         self.active = weights
 
     def adopt(self, except_for: Collection[Tensor] | None = None) -> set[Tensor]:
-        """Right after a sync, let both sets have what was written into the parameters from outside since.
+        """Right after a sync, let both sets be what the parameters hold: others may have written to them.
 
         Args:
-            except_for: Parameters that keep two sets; by default those that another optimizer moves, too.
+            except_for: Parameters that keep two sets; by default the shared ones.
 
         Returns:
-            Those of which the sets remain two: no slow weight becomes NaN or infinite by this.
+            The parameters whose sets differ still. A parameter that is NaN or infinite keeps its slow weight.
         """
-        kept = self._shared if except_for is None else except_for
+        except_for = self._shared if except_for is None else except_for
         unlike = {p: other for p, other in self.counterparts.items() if not equal(p, other.to(p))}
-        two = {p for p in unlike if p in kept or not_finite([p])}
+        two = {p for p in unlike if p in except_for or not_finite([p])}
         written = {p: other for p, other in unlike.items() if p not in two}
         copy_(written.values(), written)
         return two
 
     def end_cycle(self, weights: dict[Tensor, Tensor], still: dict[Tensor, Tensor]) -> None:
-        """After a sync: none of its ``weights`` has had a gradient in the cycle that begins.
+        """After a sync: no parameter of ``weights`` has had a gradient in the next cycle.
 
-        Those that kept ``still`` were moved by no step: where they are is from outside, and belongs to both sets.
+        No step has moved the ``still`` ones: what they hold was written from outside, and belongs to both sets.
         """
         copy_(still.values(), still)
         self.idle.update(dict.fromkeys(weights))
 
     def distance(self) -> Tensor:
-        """How far theta and phi are apart (Euclidean): a 0-dim tensor on the parameters' device."""
+        """The Euclidean distance of theta and phi: a 0-dim tensor on the parameters' device."""
         return distance(self.counterparts, self.counterparts.values())
 
     def fingerprint(self, module: nn.Module | None) -> list[int]:
-        """Sums over the bits of both sets as the parameters hold them, on this rank, and how many the module has.
+        """Sums over the bits of both sets on this rank, and the number of trained parameters in the module.
 
-        Of other weights, in either set, or of a module with other parameters it is another.
+        It changes if a weight of either set changes, or if the module gets other parameters.
         """
         sums = []
         for weights in OTHER:

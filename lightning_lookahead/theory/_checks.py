@@ -1,55 +1,33 @@
-"""What may be given to the theory: every check of an argument that it has alone, and what it says."""
+"""Checks of arguments that only the theory has."""
 
 from __future__ import annotations
 
-import operator
-from numbers import Real
-from typing import TYPE_CHECKING, SupportsIndex
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+from lightning_lookahead._arguments import check_real
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
 
 
-def check_count(value: SupportsIndex, name: str, what: str, least: int) -> int:
-    """Return ``value`` as an int; raise unless it is an integer of at least ``least``."""
-    if isinstance(value, bool) or not hasattr(value, "__index__") or operator.index(value) < least:
-        message = f"{name}={value!r} is out of range: {what} must be an integer of at least {least}."
-        raise ValueError(message)
-    return operator.index(value)
-
-
 def check_momentum(momentum: float) -> float:
     """Return ``momentum`` as a float; raise unless it is a number in [0, 1)."""
-    if isinstance(momentum, bool) or not isinstance(momentum, Real) or not 0 <= momentum < 1:
-        message = f"momentum={momentum!r} is out of range: it must be a number in [0, 1)."
-        raise ValueError(message)
-    return float(momentum)
+    return check_real(momentum, "momentum", lambda m: 0 <= m < 1, "it must be a number in [0, 1)")
 
 
 def check_positive(value: float, name: str) -> float:
     """Return ``value`` as a float; raise unless it is a finite number above 0."""
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value < float("inf"):
-        message = f"{name}={value!r} is out of range: it must be a finite number above 0."
-        raise ValueError(message)
-    return float(value)
+    return check_real(value, name, lambda v: 0 < v < float("inf"), "it must be a finite number above 0")
 
 
 def check_learning_rate(learning_rate: float, curvature: NDArray[np.float64]) -> float:
     """Return ``learning_rate`` as a float; raise unless SGD converges with it."""
     largest = curvature.max()
-    if (
-        isinstance(learning_rate, bool)
-        or not isinstance(learning_rate, Real)
-        or not (learning_rate > 0 and learning_rate * largest < 2)  # noqa: PLR2004 (|1 - learning_rate * a| < 1)
-    ):
-        message = (
-            f"learning_rate={learning_rate!r} is out of range: it must be a number in (0, 2 / max(curvature)), which is"
-            f" (0, {2 / largest:g}) here."
-        )
-        raise ValueError(message)
-    return float(learning_rate)
+    what = f"it must be a number in (0, 2 / max(curvature)), which is (0, {2 / largest:g}) here"
+    converges = lambda rate: rate > 0 and rate * largest < 2  # noqa: E731, PLR2004 (|1 - rate * a| < 1)
+    return check_real(learning_rate, "learning_rate", converges, what)
 
 
 def check_finite(value: ArrayLike, name: str) -> NDArray[np.float64]:

@@ -1,4 +1,4 @@
-"""Where a function of one number is lowest."""
+"""The minimum of a function of one number."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ _ROUNDS, _FINE = 6, 17  # each round narrows the bracket by 8; an odd number kee
 def lowest(function: Function, low: float, high: float, points: int) -> float:
     """Where a function from ``low`` to ``high`` is lowest, as far as a grid can tell.
 
-    The five lowest local minima among equally spaced points are made more exact between their neighbours, as which of
-    them is lowest may change by that.
+    The five lowest local minima among equally spaced points are refined between their neighbours: the order of the
+    refined ones may differ.
     """
     grid = np.linspace(low, high, points)
     values = function(grid)

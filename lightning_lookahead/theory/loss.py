@@ -1,4 +1,4 @@
-"""The loss on the noisy quadratic model that is expected of weights, of which mean and variance are known."""
+"""The expected loss of weights on the noisy quadratic model, from their mean and variance."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def excess_loss(mean: ArrayLike, variance: ArrayLike, *, curvature: ArrayLike) -> NDArray[np.float64]:
-    """What the optimizer can do something about in the expected loss: ``1/2 sum a (E^2 + V)``.
+    """The part of the expected loss that depends on the weights: ``1/2 sum a (E^2 + V)``.
 
     With a mean of 0 and the variance that an optimizer settles at, this is its steady-state risk.
 
@@ -51,9 +51,9 @@ def excess_loss(mean: ArrayLike, variance: ArrayLike, *, curvature: ArrayLike) -
 def expected_loss(
     mean: ArrayLike, variance: ArrayLike, *, curvature: ArrayLike, noise_variance: ArrayLike
 ) -> NDArray[np.float64]:
-    """The loss expected of weights with this mean and variance: ``1/2 sum a (E^2 + V + s2)``.
+    """The expected loss of weights with this mean and variance: ``1/2 sum a (E^2 + V + s2)``.
 
-    That is `excess_loss`, and what is left at the optimum's mean as the optimum itself moves.
+    It is `excess_loss` plus ``1/2 sum a s2``, the loss at the optimum's mean: the optimum itself moves.
 
     Args:
         mean: ``E``, of shape (..., d); or a number.

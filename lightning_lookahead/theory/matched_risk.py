@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, NamedTuple, SupportsIndex
 
 import numpy as np
 
-from lightning_lookahead._arguments import check_alpha, check_k
+from lightning_lookahead._arguments import check_alpha, check_integer, check_k
 
-from ._checks import check_count, check_curvature, check_positive, check_variance
+from ._checks import check_curvature, check_positive, check_variance
 from ._search import lowest
 from .loss import excess_loss
 from .moments import lookahead_trajectory, lookahead_variance
@@ -114,7 +114,7 @@ def compare_at_risk(
     Source: Zhang, Lucas, Hinton, Ba 2019, noisy quadratic model and its figure.
     """
     k = check_k(k)
-    if check_count(steps, "steps", "the inner steps", 0) % k:
+    if check_integer(steps, "steps", 0, "the inner steps") % k:
         message = f"steps={steps!r} is out of range: with k={k} it must be a multiple of {k}, for phi to be looked at."
         raise ValueError(message)
     a = check_curvature(curvature)

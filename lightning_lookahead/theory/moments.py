@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, NamedTuple, SupportsIndex
 
 import numpy as np
 
-from lightning_lookahead._arguments import check_alpha, check_k
+from lightning_lookahead._arguments import check_alpha, check_integer, check_k
 
-from ._checks import check_count, check_curvature, check_learning_rate, check_modes, check_variance
+from ._checks import check_curvature, check_learning_rate, check_modes, check_variance
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
@@ -27,7 +27,7 @@ class Moments(NamedTuple):
 def sgd_variance(*, learning_rate: float, curvature: ArrayLike, noise_variance: ArrayLike) -> NDArray[np.float64]:
     """The variance that the weights settle at under SGD: ``x s2 / (2 - x)`` with ``x = learning_rate * curvature``.
 
-    It grows with the learning rate. A mode without curvature stays where it is, and has none.
+    The variance grows with the learning rate. A mode without curvature does not move: its variance is 0.
 
     Args:
         learning_rate: Of SGD, in (0, 2 / max(curvature)).
@@ -55,7 +55,7 @@ def sgd_variance(*, learning_rate: float, curvature: ArrayLike, noise_variance: 
 def lookahead_variance(
     *, learning_rate: float, curvature: ArrayLike, noise_variance: ArrayLike, k: SupportsIndex, alpha: float
 ) -> NDArray[np.float64]:
-    """The variance that phi settles at under Lookahead around SGD: that of SGD times a factor below 1.
+    """The variance that phi settles at under Lookahead around SGD: `sgd_variance` times a factor below 1.
 
     The factor is ``alpha (1 + r^k) / (2 - alpha + alpha r^k)``, and 1 for ``alpha=1``. The variance grows with the
     learning rate and with alpha.
@@ -123,7 +123,7 @@ def sgd_trajectory(
     """
     limit = sgd_variance(learning_rate=learning_rate, curvature=curvature, noise_variance=noise_variance)
     a = check_curvature(curvature)
-    times = check_count(steps, "steps", "the inner steps", 0)
+    times = check_integer(steps, "steps", 0, "the inner steps")
     return _trajectory(1 - learning_rate * a, limit, times, initial_mean, initial_variance)
 
 
@@ -170,7 +170,8 @@ def lookahead_trajectory(
         learning_rate=learning_rate, curvature=curvature, noise_variance=noise_variance, k=k, alpha=alpha
     )
     contraction = 1 - alpha + alpha * (1 - learning_rate * check_curvature(curvature)) ** check_k(k)
-    return _trajectory(contraction, limit, check_count(syncs, "syncs", "the syncs", 0), initial_mean, initial_variance)
+    times = check_integer(syncs, "syncs", 0, "the syncs")
+    return _trajectory(contraction, limit, times, initial_mean, initial_variance)
 
 
 def _trajectory(

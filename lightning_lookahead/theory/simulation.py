@@ -1,4 +1,4 @@
-"""The noisy quadratic model by chance: many particles that take the steps which `moments` has formulas for."""
+"""The noisy quadratic model by Monte Carlo: many particles take the steps that `moments` has formulas for."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, SupportsIndex
 
 import numpy as np
 
-from lightning_lookahead._arguments import check_alpha, check_k
+from lightning_lookahead._arguments import check_alpha, check_integer, check_k
 
-from ._checks import check_count, check_curvature, check_learning_rate, check_modes, check_variance
+from ._checks import check_curvature, check_learning_rate, check_modes, check_variance
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
@@ -28,7 +28,7 @@ def simulate(
 ) -> NDArray[np.float64]:
     """The slow weights of many independent runs of Algorithm 1 around SGD; with ``k=1, alpha=1`` of SGD itself.
 
-    The same arguments give the same numbers. All particles start at ``initial_mean``.
+    Equal arguments give equal numbers. All particles start at ``initial_mean``.
 
     Args:
         learning_rate: Of SGD, in (0, 2 / max(curvature)).
@@ -60,10 +60,10 @@ def simulate(
     rate, alpha, k = check_learning_rate(learning_rate, a), check_alpha(alpha), check_k(k)
     deviation = np.sqrt(check_variance(noise_variance, "noise_variance", a))
     start = check_modes(initial_mean, "initial_mean", a)
-    rows = check_count(particles, "particles", "the number of runs", 1)
+    rows = check_integer(particles, "particles", 1, "the number of runs")
     random = np.random.default_rng(seed)
     phi = np.tile(start, (rows, 1))
-    for _ in range(check_count(syncs, "syncs", "the syncs", 0)):
+    for _ in range(check_integer(syncs, "syncs", 0, "the syncs")):
         theta = phi.copy()
         for _ in range(k):
             theta -= rate * a * (theta - deviation * random.standard_normal(theta.shape))

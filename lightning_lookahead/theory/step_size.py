@@ -20,7 +20,7 @@ def optimal_alpha(
 ) -> float:
     """The alpha with which phi lands where ``1/2 x·A x - b·x`` is lowest on the line from ``theta_0`` to ``theta_k``.
 
-    As ``A theta* = b`` at an optimum ``theta*``, it is not needed, and ``A`` need not have an inverse::
+    The optimum ``theta*`` is not needed, as ``A theta* = b``, and ``A`` need not have an inverse::
 
         alpha* = (theta_0 - theta_k)·(A theta_0 - b) / ((theta_0 - theta_k)·A (theta_0 - theta_k))
 
@@ -28,7 +28,7 @@ def optimal_alpha(
 
     Args:
         A: Curvature of shape (d, d), symmetric and positive semi-definite.
-        b: Slope at the origin, of shape (d,), the other way round.
+        b: Minus the gradient at the origin, of shape (d,).
         theta_0: Weights at the start of the inner loop, of shape (d,).
         theta_k: Weights at its end, of shape (d,).
 

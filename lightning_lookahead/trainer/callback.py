@@ -126,23 +126,23 @@ class LookaheadCallback(Callback):
         self._fit = self._new_fit()
 
     def _new_fit(self) -> Fit:
-        told = {
+        saved = {
             **self.settings.saved(),
             "eval_weights": self.eval_weights,
             "exclude": self.exclude,
             "sync_optimizers": self.sync_optimizers,
         }
         options = self.eval_weights, self.sync_optimizers, self.recalibrate_batch_norm, self.monitor
-        return Fit(type(self).__name__, self.settings, told, *options)
+        return Fit(type(self).__name__, self.settings, saved, *options)
 
     @property
     def slow_weights(self) -> list[SlowWeights]:
-        """One for each optimizer, from the start of a fit until the next fit starts."""
+        """The slow weights of each optimizer, from the start of a fit until the next fit starts."""
         return self._fit.loops.slow_weights
 
     @property
     def loops(self) -> OuterLoops:
-        """All of them together."""
+        """The outer loops of all optimizers."""
         return self._fit.loops
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -155,8 +155,8 @@ class LookaheadCallback(Callback):
         self._fit.checkpoints.await_checkpoint(trainer.strategy, pl_module)
         if self.monitor is not None:
             self.monitor.reset()
-        # All others find the weights that validation and the end of training are about: pruning masks them, averaging
-        # replaces them.
+        # Other callbacks read and replace weights in validation and at the end of training (pruning masks, averaging
+        # replaces): they have to come after the swap.
         move_to_front(trainer, self)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -170,7 +170,7 @@ class LookaheadCallback(Callback):
         self._fit.checkpoints.begin_batch()
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        self.loops.track_new(optimizer)  # a step that began before training_step may find some unfrozen there
+        self.loops.track_new(optimizer)  # training_step may have unfrozen some
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -191,7 +191,7 @@ class LookaheadCallback(Callback):
         self._fit.end(trainer, sync_unfinished=self.unfinished_cycle == "sync")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.on_train_end(trainer, pl_module)  # which is left out where no batch was trained
+        self.on_train_end(trainer, pl_module)  # Lightning leaves on_train_end out if no batch was trained
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._fit.abort(trainer, pl_module)

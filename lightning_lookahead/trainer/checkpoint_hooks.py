@@ -1,10 +1,10 @@
-"""What a Trainer saves and loads of the slow weights; the only place that patches a strategy."""
+"""Both sets of weights in a Trainer's checkpoints. The only module that patches a strategy."""
 
 from __future__ import annotations
 
 import functools
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -36,18 +36,18 @@ if TYPE_CHECKING:
 
 @dataclass(eq=False)
 class CheckpointHooks:
-    """Both sets of weights in the checkpoints of a fit, whoever saves and whenever, and out of them.
+    """Saves both sets of weights in each checkpoint of a fit, whoever saves it and whenever, and loads them.
 
-    A checkpoint's ``state_dict`` holds one set, whatever the module holds at that moment; the callback's own state
-    holds the other.
+    A checkpoint's ``state_dict`` holds one set, whatever the module holds at that moment. The callback's state holds
+    the other set.
 
     Args:
-        key: What the callback's state goes by in a checkpoint.
-        settings: What a checkpoint says of the run; a run that goes on with others is told so.
-        loops: The slow weights.
+        key: The key of the callback's state in a checkpoint.
+        settings: The settings that a checkpoint holds. A run that resumes with others is warned.
+        loops: The outer loops.
         weights: The set that the ``state_dict`` holds.
-        swap: What a validation has swapped in.
-        monitor: What else is saved.
+        swap: The validation swap: it may be on when a checkpoint is saved.
+        monitor: A monitor whose history is saved, too.
     """
 
     key: str
@@ -56,50 +56,52 @@ class CheckpointHooks:
     weights: Weights
     swap: ValidationSwap
     monitor: InnerOuterMonitor | None
-    _aliases: list[list[str]] = field(default_factory=list)  # names that share a parameter, before it was wrapped
-    _restored: list[dict[str, Any]] = field(default_factory=list)  # from a checkpoint, until there are optimizers
-    _restored_model: dict[str, Any] = field(default_factory=dict)  # the module's own state that came with them
-    _before_loading: dict[str, Tensor] = field(default_factory=dict)  # the module's state, while one is loaded over it
-    _optimizers_before: list[Any] | None = None  # the strategy's, before a fit sets up its own
-    _in_batch: bool = False  # whether a forward may have been done whose backward is to come
-    _shown: list[SlowWeights] = field(default_factory=list)  # what is swapped while others look at it
-    _replaced: list[tuple[dict[str, Any], str, Tensor]] = field(default_factory=list)  # what a state_dict had before
+
+    def __post_init__(self) -> None:
+        self._aliases: list[list[str]] = []  # names that share a parameter, before it was wrapped
+        self._restored: list[dict[str, Any]] = []  # states from a checkpoint, until there are optimizers
+        self._restored_model: dict[str, Any] = {}  # the module's state in that checkpoint
+        self._before_loading: dict[str, Tensor] = {}  # the module's state before a checkpoint was loaded
+        self._optimizers_before: list[Any] | None = None  # the strategy's, before the fit sets up its own
+        self._in_batch = False  # whether a backward may be to come
+        self._shown: list[SlowWeights] = []  # swapped while others look at a checkpoint
+        self._replaced: list[tuple[dict[str, Any], str, Tensor]] = []  # state_dict, name, value before
 
     # -- a fit
 
     def await_checkpoint(self, strategy: Strategy, pl_module: LightningModule) -> None:
-        """Look at what the strategy loads, from the setup of a fit on."""
+        """Check what the strategy loads, from the setup of a fit on."""
         self._aliases = [names for names in names_in(pl_module).values() if len(names) > 1]
         self._optimizers_before = strategy.optimizers
         strategy.load_checkpoint = functools.partial(self._load_checkpoint, strategy)  # type: ignore[method-assign]
 
     def serve(self, strategy: Strategy) -> None:
-        """Restore what was loaded already, and see that checkpoints hold the weights that they should."""
+        """Restore what was loaded before there were optimizers; from now on serve what the strategy saves."""
         self._load_states()
-        # Lightning asks the strategy, once, for the weights of every checkpoint; with save_weights_only=True no hook of
-        # a callback is called. A partial, unlike a closure, leaves the strategy picklable.
+        # Lightning asks the strategy once for the weights of a checkpoint; with save_weights_only=True it calls no hook
+        # of a callback. A partial, unlike a closure, leaves the strategy picklable.
         strategy.lightning_module_state_dict = functools.partial(  # type: ignore[method-assign]
             self._module_state_dict, strategy
         )
-        # What comes last in a validation, after the hooks of all callbacks and of the module.
+        # The strategy's hook comes last in a validation, after those of all callbacks and of the module.
         strategy.save_checkpoint = functools.partial(self._save_checkpoint, strategy)  # type: ignore[method-assign]
         strategy.on_validation_end = functools.partial(self._on_validation_end, strategy)  # type: ignore[method-assign]
 
     def begin_batch(self) -> None:
-        """From here on a backward may be to come."""
+        """Note that a batch begins: a backward may be to come."""
         self._end_showing()
         self._in_batch = True
 
     def end_batch(self) -> None:
-        """From here on the module may be looked at."""
+        """Note that a batch has ended: no backward is to come."""
         self._in_batch = False
 
     def keep_loaded(self) -> None:
-        """Say that what was loaded will not be undone."""
+        """Drop what `undo` would restore: the loaded checkpoint was accepted."""
         self._before_loading = {}
 
     def undo(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """After an exception, let the module hold what it held before a checkpoint was loaded that was refused."""
+        """After an exception, restore the module's state of before the checkpoint was loaded, if that was refused."""
         self._in_batch, self._shown = False, []
         if self._before_loading and trainer.state.fn == "fit":
             pl_module.load_state_dict(self._before_loading)
@@ -122,7 +124,7 @@ class CheckpointHooks:
     def _module_state_dict(self, strategy: Strategy) -> dict[str, Any]:
         """What ``strategy.lightning_module_state_dict()`` returns during a fit and after it, swapped or not."""
         original = functools.partial(type(strategy).lightning_module_state_dict, strategy)
-        # The strategy has gone on to another fit, without this callback, or other weights were loaded into the module.
+        # Without this callback, another fit may have begun, or other weights may have been loaded into the module.
         if not self.loops.are_of(strategy.optimizers) or self.loops.others_loaded:
             return original()
         if self.weights == "fast" and all(slow.active == "fast" for slow in self.loops.slow_weights):
@@ -130,22 +132,22 @@ class CheckpointHooks:
         for slow in self.loops.slow_weights:
             slow.persistence.adopt()
         state_dict = None
-        if self.weights == "slow" and not self.swap.recalibration.kept:
+        if self.weights == "slow" and not self.swap.recalibration.replaced:
             state_dict = state_dict_of_slow(original, self.loops.slow_weights)
         if state_dict is None:
-            # Sharded, left out, computed from the parameters or swapped: then the weights have to be there for it.
+            # Sharded, swapped, left out or computed from the parameters: the module itself has to hold the weights.
             other = [slow for slow in self.loops.slow_weights if slow.active != self.weights]
             with self.loops.use(self.weights, statistics=False), self.swap.recalibration.undone():
                 state_dict = original()
                 detach_aliases(state_dict)
-            # The module's own statistics are not written to: a backward may be to come that would notice.
-            for name, value in (pair for slow in other for pair in slow.statistics.counterparts().items()):
+            # The module's own statistics are not written to: a backward that is to come would notice.
+            for name, value in (pair for slow in other for pair in slow.statistics.named_counterparts().items()):
                 if name in state_dict:
                     state_dict[name] = value.to(state_dict[name].device)
         return state_dict
 
     def state_dict(self) -> dict[str, Any]:
-        """Settings and counts, without a tensor: those are put beside them where it is known how they are written."""
+        """Settings and counts. `on_save_checkpoint` adds the tensors: it knows how the strategy writes them."""
         state = {
             "lookahead_version": VERSION,
             **self.settings,
@@ -155,7 +157,7 @@ class CheckpointHooks:
         return state if self.monitor is None else {**state, "monitor": self.monitor.state_dict()}
 
     def on_save_checkpoint(self, trainer: Trainer, checkpoint: dict[str, Any]) -> None:
-        """Put the other set beside the settings, and what is written in shards where shards are."""
+        """Add the other set of weights to the callback's state, or to the optimizers' where shards are written."""
         state = checkpoint["callbacks"][self.key]
         if not self.loops.are_of(trainer.optimizers):  # the weights are of another fit
             state["optimizers"] = []
@@ -168,8 +170,7 @@ class CheckpointHooks:
         with self.swap.recalibration.undone():
             states = [slow.persistence.state_dict(whole=not folder, lean=True) for slow in self.loops.slow_weights]
         if folder:
-            # What is written by each rank is the module's state and the optimizers': there, torch looks for nothing of
-            # this name.
+            # Each rank writes its part of the module's and of the optimizers' state, and of nothing else.
             tensors = {
                 str(at): {part: own.pop(part) for part in TENSORS if part in own} for at, own in enumerate(states)
             }
@@ -179,11 +180,11 @@ class CheckpointHooks:
         self._show_to_others(checkpoint["state_dict"])
 
     def _show_to_others(self, state_dict: dict[str, Any]) -> None:
-        """Let the module hold what the checkpoint does while others look at it in their ``on_save_checkpoint``.
+        """Let the module hold the weights of the checkpoint while other callbacks see it in ``on_save_checkpoint``.
 
-        Not within a batch, where a backward may be to come that would notice, and not where the weights are sharded,
-        whose ``state_dict`` may be views of them. The strategy's ``save_checkpoint`` ends
-        it, or the next batch where that is never called. What of the ``state_dict`` is not a copy goes with the swap.
+        Not within a batch: a backward that is to come would notice. Not if the weights are sharded: the ``state_dict``
+        may be views of them. The strategy's ``save_checkpoint`` ends it, or else the next batch. Values of the
+        ``state_dict`` that are not copies change with the swap, and are replaced until then.
         """
         if self._in_batch or any(slow.parameters.sharded for slow in self.loops.slow_weights):
             return
@@ -210,10 +211,10 @@ class CheckpointHooks:
     # -- loading
 
     def _load_checkpoint(self, strategy: Strategy, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """What ``strategy.load_checkpoint()`` returns; our part of it is checked before anything is loaded from it."""
+        """What ``strategy.load_checkpoint()`` returns. The callback's state is checked before anything is loaded."""
         original = functools.partial(type(strategy).load_checkpoint, strategy)
         module = strategy.lightning_module
-        if strategy.restore_checkpoint_after_setup or module is None:  # they load the module and optimizers here, too
+        if strategy.restore_checkpoint_after_setup or module is None:  # then module and optimizers are loaded here, too
             checkpoint = original(path, *args, **kwargs)
             folder = strategy.broadcast(path)
             ours = (checkpoint.get("callbacks") or {}).get(self.key)
@@ -221,7 +222,7 @@ class CheckpointHooks:
                 check_saved(ours)
                 load_folder(folder, ours["optimizers"], self.loops.slow_weights)
             return checkpoint
-        if strategy.optimizers is self._optimizers_before:  # the run is about to begin: no sweep of a tuner is undone
+        if strategy.optimizers is self._optimizers_before:  # not within a tuner's sweep, which restores by itself
             state_dict = module.state_dict()
             self._before_loading = dict(zip(state_dict, copies(state_dict.values()), strict=True))
         checkpoint = original(path, *args, **kwargs)
@@ -232,7 +233,7 @@ class CheckpointHooks:
         return checkpoint
 
     def on_load_checkpoint(self, trainer: Trainer, checkpoint: dict[str, Any]) -> None:
-        """Take what a checkpoint has for the fit that goes on from it."""
+        """Take the states in a checkpoint, for the fit that resumes from it."""
         if trainer.state.fn != "fit":
             return
         saved = checkpoint["callbacks"].get(self.key)
@@ -244,14 +245,14 @@ class CheckpointHooks:
             return
         check_saved(saved)
         warn_of_differences(saved, self.settings)
-        # Out of the callback's state, of which Lightning makes a deep copy for `load_state_dict`.
+        # Taken out of the callback's state: Lightning makes a deep copy of that for `load_state_dict`.
         self._restored = saved.pop("optimizers")
         saved["optimizers"] = []
         first: dict[str, Any] = next(iter(checkpoint.get("optimizer_states", [])), {})
-        carried = first.get(SHARDS, {})  # a folder that was made one file
+        carried = first.get(SHARDS, {})  # a file that was made of a folder
         for at, state in enumerate(self._restored):
             state.update(carried.get(str(at), {}))
-        # WeightAveraging puts its average in the place of what the module held, and that beside it.
+        # WeightAveraging saves its average as the state_dict, and what the module held beside it.
         self._restored_model = checkpoint.get("current_model_state", checkpoint.get("state_dict", {}))
         if self.monitor is not None and "monitor" in saved:
             self.monitor.load_state_dict(saved["monitor"])
@@ -268,5 +269,7 @@ class CheckpointHooks:
             )
             raise ValueError(message)
         for slow, state in zip(self.loops.slow_weights, self._restored, strict=False):
-            slow.persistence.load_state_dict(state, self._restored_model)  # whose settings are those of the callback
+            slow.persistence.load_state_dict(
+                state, self._restored_model
+            )  # not slow.load_state_dict, which would warn of settings again
         self._restored, self._restored_model = [], {}

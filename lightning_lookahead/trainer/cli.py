@@ -75,7 +75,7 @@ class OneLineParser(LightningArgumentParser):
     """A parser that refuses in one line, with exit code 2. ``JSONARGPARSE_DEBUG=true`` shows the traceback, too."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        if not self.exit_on_error or "JSONARGPARSE_DEBUG" in os.environ:  # it tries one type after the other
+        if not self.exit_on_error or "JSONARGPARSE_DEBUG" in os.environ:  # jsonargparse catches it and goes on
             super().error(message, ex)
         self.exit(2, f"error: {' '.join(message.split())}\n")
 
@@ -97,7 +97,7 @@ class LookaheadCLI(LightningCLI):
         trainer_class = kwargs.setdefault("trainer_class", LookaheadTrainer)
         if not (isinstance(trainer_class, type) and issubclass(trainer_class, LookaheadTrainer)):
             message = f"trainer_class={trainer_class!r} has no compare(): give a subclass of LookaheadTrainer."
-            raise ValueError(message)  # noqa: TRY004 (no wrong type, a class that lacks something)
+            raise ValueError(message)  # noqa: TRY004 (a class that lacks a method)
         kwargs.setdefault("parser_class", OneLineParser)
         super().__init__(*args, **kwargs)
 
@@ -133,7 +133,7 @@ class LookaheadCLI(LightningCLI):
         try:
             super()._parse_ckpt_path()
         except ArgumentError:
-            pass  # hyperparameters that a program of another kind has saved: the model is as it was given here
+            pass  # hyperparameters that another program saved: the given ones hold
         except Exception as error:  # noqa: BLE001 (whatever a cut file raises)
             self.parser.exit_on_error = True
             self._refuse(error)
@@ -146,7 +146,7 @@ class LookaheadCLI(LightningCLI):
 
     @contextmanager
     def _in_one_line(self) -> Iterator[None]:
-        """Refuse in one line what goes wrong before the first batch; from then on an error keeps its traceback."""
+        """Report an error before the first batch in one line; a later one keeps its traceback."""
         try:
             yield
         except Exception as error:
@@ -155,7 +155,7 @@ class LookaheadCLI(LightningCLI):
             self._refuse(error)
 
     def _refuse(self, error: Exception) -> NoReturn:
-        """Say what is wrong: of a checkpoint, if there is one that cannot be read."""
+        """Report an error in one line: that the checkpoint cannot be read, if so, or else ``error`` itself."""
         path = self.config.get(self.config.get("subcommand"), {}).get("ckpt_path")
         try:
             if path is not None and Path(path).exists():
@@ -164,7 +164,7 @@ class LookaheadCLI(LightningCLI):
             pass  # it is whole, and holds objects
         except ValueError as damage:
             self.parser.error(f"ckpt_path={path} cannot be read as a checkpoint: {damage}")
-        if hasattr(self, "trainer"):  # what was given could be made: it may be the user's own code
+        if hasattr(self, "trainer"):  # the arguments were accepted: the error may be the user's code's
             sys.stderr.write("JSONARGPARSE_DEBUG=true shows the traceback.\n")
         if not isinstance(error, (ValueError, OSError, RuntimeError, UnpicklingError, MisconfigurationException)):
             raise error
@@ -172,7 +172,7 @@ class LookaheadCLI(LightningCLI):
 
 
 def main() -> None:
-    """Run the command line; modules beside the current directory can be named in it."""
+    """Run the command line; it can name modules in the current directory."""
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     LookaheadCLI()

@@ -40,7 +40,7 @@ class Comparison:
 
     Attributes:
         slow: Metric name -> its value with the slow weights (phi).
-        fast: The same with the fast weights (theta).
+        fast: Metric name -> its value with the fast weights (theta).
     """
 
     slow: dict[str, float]
@@ -56,7 +56,7 @@ class Comparison:
         return {**asdict(self), "difference": self.difference}
 
     def to_json(self) -> str:
-        """The same as JSON; a value that is not finite, for which JSON has no number, is ``null``."""
+        """`to_dict` as JSON; NaN and infinities, which JSON lacks, are ``null``."""
         finite = {
             part: {name: value if math.isfinite(value) else None for name, value in values.items()}
             for part, values in self.to_dict().items()
@@ -97,11 +97,11 @@ def compare_weights(
         dataloaders: As in ``trainer.validate``; by default the module's own.
         datamodule: As in ``trainer.validate``.
         ckpt_path: A checkpoint that holds both sets of weights: a path, or what else ``trainer.validate`` takes
-            (``"best"``). ``None``: those of the fit.
+            (``"best"``). ``None``: the sets of the fit.
         recalibrate_batch_norm: Gather BatchNorm's statistics anew for each set of weights: from all training batches
             (``True``), from so many of them, or from these batches; the module is called with a batch, or with its
-            first part if it is a list or tuple. Those at hand were gathered with fast weights. Layers that are in
-            evaluation mode while others train keep theirs.
+            first part if it is a list or tuple. The module's own statistics were gathered with fast weights. Layers
+            that are in evaluation mode while others train keep their statistics.
         weights_only: As in ``trainer.validate``, how the checkpoint is read.
 
     Raises:
@@ -184,11 +184,11 @@ def _loading(trainer: Trainer, module: LightningModule, weights: Weights) -> Ite
     """Let the Trainer find ``weights`` in the checkpoint that it loads."""
     strategy = trainer.strategy
     replaced = vars(strategy).get("load_checkpoint")
-    optimizers, strategy.optimizers = strategy.optimizers, []  # sharded strategies would load those, too
+    optimizers, strategy.optimizers = strategy.optimizers, []  # sharded strategies would load them, too
     strategy.load_checkpoint = functools.partial(_load, strategy, weights)  # type: ignore[method-assign]
     try:
         with kept_weights(module), warnings.catch_warnings():
-            # Nothing but weights is wanted from it.
+            # The checkpoint is read for its weights alone.
             warnings.filterwarnings("ignore", message=".*callbacks used to create the checkpoint need to be provided.*")
             yield
     finally:
@@ -207,7 +207,7 @@ def _load(strategy: Strategy, weights: Weights, path: Any, *args: Any, **kwargs:
         checkpoint = None if folder else type(strategy).load_checkpoint(strategy, path, *args, **kwargs)
     except Exception:
         if Path(path).exists():
-            read_checkpoint(path, weights_only=weights_only)  # says it better, if the file is what is wrong
+            read_checkpoint(path, weights_only=weights_only)  # raises a better error if the file is damaged
         raise
     if sharded or checkpoint is None:
         path = strategy.broadcast(path)
@@ -231,7 +231,7 @@ def _unlogged(trainer: Trainer) -> Iterator[None]:
 
 @contextmanager
 def _with_callbacks(trainer: Trainer, own: list[Callback]) -> Iterator[None]:
-    """Add callbacks, and leave out those that validate with an average of their own, which is neither set."""
+    """Add callbacks, and leave out averaging ones: they validate with their average, which is neither set."""
     callbacks = callbacks_of(trainer)
     before = list(callbacks)
     callbacks[:] = [*(callback for callback in before if not has_class_named(callback, AVERAGERS)), *own]
@@ -242,7 +242,7 @@ def _with_callbacks(trainer: Trainer, own: list[Callback]) -> Iterator[None]:
 
 
 class _Recalibrating(Callback):
-    """Gathers BatchNorm statistics before a validation; those that were there come back with everything else."""
+    """Gathers BatchNorm statistics before a validation; `isolated` restores the module's own after it."""
 
     def __init__(self, recalibration: Recalibration, which: Any) -> None:
         self.recalibration, self.which = recalibration, which
@@ -273,7 +273,7 @@ def _table(rows: list[list[str]]) -> str:
         table.add_column(name, justify="right")
     for row in body:
         table.add_row(*row)
-    # With the encoding of what it will be printed to, rich draws lines only if that has them.
+    # rich draws lines only if stdout's encoding has them.
     text = io.TextIOWrapper(io.BytesIO(), encoding=getattr(sys.stdout, "encoding", None) or "utf-8", newline="\n")
     Console(file=text, width=200).print(table)
     text.seek(0)

@@ -1,4 +1,4 @@
-"""One fit with Lookahead: its outer loops, when they sync, and what is saved and shown of them."""
+"""One fit with Lookahead: its outer loops, when they sync, and what swaps, saves and monitors them."""
 
 from __future__ import annotations
 
@@ -29,21 +29,22 @@ SyncOptimizers = Literal["independently", "together"]
 
 @dataclass(eq=False)
 class Fit:
-    """What a callback has from the setup of a fit until the next one.
+    """What a callback has from the setup of a fit until the setup of the next.
 
     Args:
-        key: What the callback's state goes by in a checkpoint.
-        settings: What each outer loop is told.
-        told: What a checkpoint says of the run.
+        key: The key of the callback's state in a checkpoint.
+        settings: The options of each outer loop.
+        saved: The settings that a checkpoint holds.
         weights: The set that validation sees and a checkpoint's ``state_dict`` holds.
-        sync_optimizers: Whether several optimizers sync each for itself or together.
-        recalibrate: From how many training batches BatchNorm's statistics are gathered before a validation.
-        monitor: What evaluates after inner steps and syncs of the first optimizer.
+        sync_optimizers: Whether each optimizer syncs for itself or all sync together.
+        recalibrate: How many training batches BatchNorm's statistics are gathered from before a validation; ``True``:
+            all; ``False``: none.
+        monitor: Evaluates after inner steps and syncs of the first optimizer.
     """
 
     key: str
     settings: Settings
-    told: dict[str, Any]
+    saved: dict[str, Any]
     weights: Weights
     sync_optimizers: SyncOptimizers
     recalibrate: bool | int
@@ -54,12 +55,12 @@ class Fit:
         self._trainer: Trainer | None = None  # while training is under way
         self.loops = OuterLoops()
         self.swap = ValidationSwap(self.loops, self.weights, self.recalibrate)
-        self.checkpoints = CheckpointHooks(self.key, self.told, self.loops, self.weights, self.swap, self.monitor)
+        self.checkpoints = CheckpointHooks(self.key, self.saved, self.loops, self.weights, self.swap, self.monitor)
 
     def start(
         self, trainer: Trainer, pl_module: LightningModule, exclude: list[str], *, log_distance: bool, check_ranks: bool
     ) -> None:
-        """Make the slow weights, and refuse what cannot be done with these optimizers and this strategy."""
+        """Make the slow weights; raise if an option does not work with these optimizers or this strategy."""
         optimizers = [own for own in trainer.optimizers if not has_class_named(own, ["_MockOptimizer"])]
         if not optimizers:
             warnings.warn("configure_optimizers gave no optimizer: there is nothing to look ahead with.", stacklevel=2)
@@ -67,7 +68,7 @@ class Fit:
         options = {"module": trainer.strategy.model, "model_weights": self.weights, "measure_distance": log_distance}
         self.loops.add(optimizers, self.settings, exclude, pl_module, **options)
         alone = {"log_distance": log_distance, "check_ranks": check_ranks, "slow_device": self.settings.slow_device}
-        for name, value in alone.items():  # they look at all of the weights
+        for name, value in alone.items():  # each needs all of the weights on this rank
             if value and any(slow.parameters.sharded for slow in self.loops.slow_weights):
                 message = f"{name}={value!r} does not work with a strategy that shards the weights: leave it out."
                 raise ValueError(message)
@@ -78,7 +79,7 @@ class Fit:
         self.checkpoints.serve(trainer.strategy)
 
     def _sync_in_steps(self, trainer: Trainer) -> None:
-        """Sync right after the step that ends a cycle: under manual optimization a batch may have several."""
+        """Sync right after the step that ends a cycle: under manual optimization a batch may have several steps."""
         if self._needs_loss:
             message = (
                 f"alpha={self.settings.alpha} needs the loss that training_step returns, and this module optimizes by"
@@ -91,19 +92,19 @@ class Fit:
         ]
 
     def begin(self, trainer: Trainer) -> None:
-        """Begin training, or go on with it."""
+        """Begin or resume training."""
         self._trainer = trainer
         for slow in self.loops.slow_weights:
             slow.swap_to("fast")
             slow.persistence.begin()
         if self.monitor is not None and self.loops.slow_weights:
             self.monitor.begin(trainer, self.loops.slow_weights[0])
-        for slow in self.loops.slow_weights:  # a checkpoint may be of between the k-th step and its on_train_batch_end
+        for slow in self.loops.slow_weights:  # a checkpoint may lie between the k-th step and its sync
             self.sync_due(trainer, slow)
         self.checkpoints.keep_loaded()
 
     def note_loss(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Say how the loss of this batch is computed again, if an alpha needs it."""
+        """Give adaptive alphas the loss of this batch, if they need it."""
         for slow in self.loops.slow_weights if self._needs_loss else ():
             slow.alpha.loss = None
             if outputs and outputs.get("loss") is not None:  # training_step may have returned None
@@ -115,7 +116,7 @@ class Fit:
         return isinstance(self.settings.alpha, AdaptiveAlpha) and self.settings.alpha.needs_loss
 
     def sync_due(self, trainer: Trainer, slow: SlowWeights, *_: object) -> None:
-        """After a step of the optimizer of ``slow``: do Algorithm 1's outer step, if it is time."""
+        """After a step of the optimizer of ``slow``: sync what is due."""
         if self.monitor is not None and slow is self.loops.slow_weights[0]:
             self.monitor.after_step(trainer, slow)
         due = self.loops.due(slow, together=self.sync_optimizers == "together")
@@ -141,7 +142,7 @@ class Fit:
             self.monitor.after_sync(trainer, self.loops.slow_weights[0])
 
     def end(self, trainer: Trainer, *, sync_unfinished: bool) -> None:
-        """End training, once more synced or not, with one set in the module or an average of another callback."""
+        """End training: sync once more or not, and leave one set in the module, or another callback's average."""
         self.checkpoints.keep_loaded()
         for slow in self.loops.counting if sync_unfinished else ():
             if slow.cycles.steps_since_sync:
@@ -154,11 +155,11 @@ class Fit:
             self.loops.swap_to(self.weights)
         self._stop()
         self.loops.follow()
-        if averaged or not self.loops.left:  # what others load when training has ended is not what we left
+        if averaged or not self.loops.left:  # before: a module that others loaded is not what the fit left
             self.loops.leave()
 
     def abort(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Put everything where it belongs after an exception."""
+        """After an exception, swap back, let go, and undo the loading of a refused checkpoint."""
         self.swap.end()
         self._stop()
         self.checkpoints.undo(trainer, pl_module)

@@ -1,4 +1,4 @@
-"""A module's ``state_dict`` and weights, where they are not simply those that it holds."""
+"""A module's ``state_dict`` with phi in it, and its weights while a checkpoint is loaded into it."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def state_dict_of_slow(
 ) -> dict[str, Any] | None:
     """A module's ``state_dict`` with phi in place of theta, whatever the module holds, without touching its weights.
 
-    Matches by storage and not by name, so that tied, compiled and renamed parameters need no care. ``None`` if that is
-    not enough: if the weights are sharded, or if the ``state_dict`` leaves some out or computes from them.
+    Values are matched by storage and not by name, so that tied, compiled and renamed parameters need no care. ``None``
+    if that does not work: the weights are sharded, or the ``state_dict`` leaves some out or computes from them.
     """
     if any(slow.parameters.sharded for slow in slow_weights):
         return None
@@ -32,7 +32,7 @@ def state_dict_of_slow(
     pairs = [pair for slow in slow_weights if slow.active == "fast" for pair in slow.values("slow").items()]
     for slow in slow_weights:
         if slow.active == "fast":
-            pairs += zip(slow.statistics.live, slow.statistics.kept, strict=True)
+            pairs += zip(slow.statistics.live, slow.statistics.counterparts, strict=True)
     by_storage = {storage_key(fast): (fast.dtype, phi) for fast, phi in pairs if fast.numel()}
     missing = set(by_storage)
     for name, value in state_dict.items():
@@ -44,14 +44,14 @@ def state_dict_of_slow(
 
 
 def load_whole(module: nn.Module, state_dict: dict[str, Any]) -> None:
-    """Load whole tensors, by name, into a module that may be sharded; names that are left out stay as they are."""
+    """Load whole tensors by name into a module that may be sharded; parameters without a value stay as they are."""
     reshard(module)
     load_named(module, state_dict, whole=True)
 
 
 @contextmanager
 def kept_weights(module: nn.Module) -> Iterator[None]:
-    """Let other weights be loaded into a module inside the ``with`` block: after it, it holds its own again."""
+    """Restore a module's weights after the ``with`` block, inside which others are loaded."""
     before = dict(module.named_parameters())
     values = dict(zip(before, copies(before.values()), strict=True))
     try:

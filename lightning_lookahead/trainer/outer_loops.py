@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 OTHERS_LOADED = (
     "the module does not hold the weights that the fit has left in it (others were loaded since), and the second set is"
-    " of that fit. Both sets of a checkpoint are in it: compare_weights(..., ckpt_path=path) or load_weights(path)."
+    " that fit's. A checkpoint holds both sets: compare_weights(..., ckpt_path=path) or load_weights(path)."
 )
 
 
@@ -33,8 +33,8 @@ class OuterLoops:
     """The slow weights of all optimizers, from the start of a fit until the next one starts.
 
     Attributes:
-        slow_weights: One for each optimizer, in their order.
-        left: The fingerprint of what the fit has left in the module, of each, when it has ended.
+        slow_weights: The slow weights of each optimizer, in the optimizers' order.
+        left: For each, the fingerprint of what the fit left in the module; empty until it ends.
     """
 
     def __init__(self) -> None:
@@ -52,15 +52,15 @@ class OuterLoops:
         """Make slow weights for these optimizers.
 
         Args:
-            optimizers: All of the fit.
-            settings: What each outer loop is told. BatchNorm's statistics sync with the first one.
+            optimizers: All optimizers of the fit.
+            settings: The options of each outer loop. BatchNorm's statistics sync with the first one.
             exclude: Patterns of names of parameters to leave alone.
             pl_module: The module, before a strategy wrapped it.
-            options: What else `SlowWeights` takes.
+            options: Further arguments of `SlowWeights`.
 
         Raises:
-            TypeError: If one is no torch optimizer.
-            ValueError: If one cannot have slow weights; those before it have them then.
+            TypeError: If an optimizer is not a torch optimizer.
+            ValueError: If an optimizer cannot have slow weights; the optimizers before it have them then.
         """
         for optimizer in optimizers:
             check_optimizer(optimizer)
@@ -76,16 +76,16 @@ class OuterLoops:
 
     @property
     def counting(self) -> list[SlowWeights]:
-        """Those of a fit that is under way: none before it, after it or after an exception in it."""
+        """The slow weights of a fit that is under way: none before it, after it or after an exception in it."""
         return [slow for slow in self.slow_weights if slow.inner_loop.watches]
 
     def due(self, slow: SlowWeights, *, together: bool) -> list[SlowWeights]:
-        """Those that sync after a step of the optimizer of ``slow``: it, or all when all are due."""
+        """The slow weights to sync after a step of the optimizer of ``slow``; ``together``: all, when all are due."""
         which = self.slow_weights if together else [slow]
         return which if slow.due and all(each.due for each in which) else []
 
     def are_of(self, optimizers: list[Any]) -> bool:
-        """Whether these are the optimizers."""
+        """Whether the slow weights are those of these optimizers."""
         return [id(slow.optimizer) for slow in self.slow_weights] == [id(optimizer) for optimizer in optimizers]
 
     def swap_to(self, weights: Weights) -> None:
@@ -108,7 +108,7 @@ class OuterLoops:
                 slow.inner_loop.track_new()
 
     def follow(self) -> None:
-        """Follow the module: after ``on_train_end`` Lightning has moved it to the CPU."""
+        """Move the slow weights to the module's device: after a fit Lightning moves the module to the CPU."""
         for slow in self.slow_weights:
             slow.swap_to(slow.active)
 
@@ -131,12 +131,12 @@ class OuterLoops:
             slow.close()
 
     def leave(self) -> None:
-        """Remember what the fit leaves in the module."""
+        """Remember the weights that the fit leaves in the module."""
         self.left = [slow.pairs.fingerprint(slow.parameters.module) for slow in self.slow_weights]
 
     @property
     def others_loaded(self) -> bool:
-        """Whether the module holds other weights than those that the fit has left in it: both sets are of that fit."""
+        """Whether the module holds other weights than the fit left in it; both sets here are that fit's."""
         return any(
             slow.pairs.fingerprint(slow.parameters.module) != left
             for slow, left in zip(self.slow_weights, self.left, strict=False)
@@ -159,7 +159,7 @@ def matching(patterns: list[str], pl_module: LightningModule) -> list[Tensor]:
 
 
 def owned_by_others(optimizers: list[Optimizer], pl_module: LightningModule) -> list[list[Tensor]]:
-    """For each optimizer the parameters that an earlier one trains, too: they have one slow tensor, of that one."""
+    """For each optimizer the parameters that an earlier one trains, too: their slow weight is the earlier one's."""
     names = names_in(pl_module)
     owner: dict[Tensor, int] = {}
     found: list[list[Tensor]] = []

@@ -18,16 +18,15 @@ if TYPE_CHECKING:
 def make_permanent(
     state_dict: dict[str, Any], module: nn.Module, states: Sequence[dict[str, Any]], slow_weights: Sequence[SlowWeights]
 ) -> None:
-    """Prune our part of a checkpoint as the module's part was pruned, in place; nothing if it was not.
+    """Prune the states of the outer loops as `ModelPruning` pruned the ``state_dict``, in place; nothing if it did not.
 
-    `ModelPruning` puts another ``state_dict`` in the place of the one that it is to save: with ``weight``, masked, for
-    ``weight_orig`` and ``weight_mask``, and made of the weights that the module holds at that moment, which may be the
-    other set.
+    `ModelPruning` replaces the ``state_dict`` to be saved: ``weight``, masked, stands for ``weight_orig`` and
+    ``weight_mask``. It takes the weights that the module holds at that moment, which may be the other set.
 
     Args:
-        state_dict: The module's, as it will be written.
+        state_dict: The module's ``state_dict``, as it will be written.
         module: The module, with its masks.
-        states: What will be written of each outer loop.
+        states: The state of each outer loop, as it will be written.
         slow_weights: The outer loops.
     """
     masks: dict[str, Tensor] = {}

@@ -23,14 +23,14 @@ class RankCheck:
     """Compares the weights of all ranks after each sync."""
 
     def __init__(self) -> None:
-        self._checked: list[int] = []  # syncs after which it looked, for each optimizer
+        self._checked: list[int] = []  # for each optimizer the syncs at the last look
 
     def begin(self, slow_weights: Sequence[SlowWeights]) -> None:
-        """Look at no sync that was done already."""
+        """Pass over syncs that were done before."""
         self._checked = [slow.syncs for slow in slow_weights]
 
     def look(self, trainer: Trainer, pl_module: LightningModule, slow_weights: Sequence[SlowWeights]) -> None:
-        """Compare those that have synced since the last look.
+        """Compare the weights of optimizers that have synced since the last look.
 
         Raises:
             RuntimeError: If a rank has drifted.

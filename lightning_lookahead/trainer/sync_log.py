@@ -1,4 +1,4 @@
-"""What a run tells the loggers of its syncs."""
+"""The figures of a run's syncs, for loggers."""
 
 from __future__ import annotations
 

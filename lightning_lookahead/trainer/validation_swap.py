@@ -15,15 +15,15 @@ if TYPE_CHECKING:
 
 
 class ValidationSwap:
-    """Swaps a set of weights in for a validation, with BatchNorm statistics of its own if that is asked for.
+    """Swaps a set of weights in for a validation, with recalibrated BatchNorm statistics if ``recalibrate`` says so.
 
     Args:
-        loops: The slow weights.
-        weights: The set.
-        recalibrate: From how many training batches the statistics are gathered; ``True``: from all.
+        loops: The outer loops.
+        weights: The set that validation sees.
+        recalibrate: How many training batches the statistics are gathered from; ``True``: all; ``False``: none.
 
     Attributes:
-        recalibration: The statistics.
+        recalibration: BatchNorm statistics gathered with the weights that are swapped in.
     """
 
     def __init__(self, loops: OuterLoops, weights: Weights, recalibrate: bool | int) -> None:  # noqa: FBT001
@@ -36,12 +36,12 @@ class ValidationSwap:
             self.recalibration.note_modes(pl_module)
 
     def start(self, trainer: Trainer) -> None:
-        """Before every other callback's ``on_validation_start``."""
+        """Swap in, before every other callback's ``on_validation_start``."""
         self._loops.swap_to(self._weights)
         if self._recalibrate and self._loops.counting and not trainer.sanity_checking:
             self.recalibration.start(trainer, self._recalibrate)
 
     def end(self, *_: Any) -> None:
-        """After every other callback's ``on_validation_end`` and the module's: first in, last out."""
+        """Swap out, after every other callback's ``on_validation_end`` and the module's: first in, last out."""
         self.recalibration.stop()
         self._loops.swap_to("fast")

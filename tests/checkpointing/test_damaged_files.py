@@ -63,7 +63,7 @@ def test_a_flipped_byte_of_a_weight_is_found():
             content[at + 3] ^= 16
             with open("flipped.ckpt", "wb") as file:  # noqa: PTH123
                 file.write(content)
-            with pytest.raises(ValueError, match="flipped.ckpt is damaged: 'net.* has not the values"):
+            with pytest.raises(ValueError, match="flipped.ckpt is damaged: 'net.* does not have the values"):
                 load_weights("flipped.ckpt", weights)
             assert newest_checkpoint(".", "flipped*") is None
 

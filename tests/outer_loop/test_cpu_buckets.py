@@ -1,4 +1,7 @@
 import copy
+import shutil
+import subprocess
+import sys
 from collections import Counter
 from contextlib import contextmanager
 from itertools import pairwise
@@ -13,6 +16,7 @@ from lightning_lookahead import SlowWeights
 from lightning_lookahead.outer_loop import cpu_buckets
 from lightning_lookahead.outer_loop.algorithm import outer_step
 from tests.helpers import strategies as some
+from tests.helpers.places import ROOT
 
 DTYPES = some.DTYPES
 
@@ -219,3 +223,25 @@ def test_what_was_changed_after_a_sync_is_in_both_sets_unless_it_is_not_finite()
     assert all(
         torch.equal(a, b) for a, b in zip(slow.values("slow").values(), [theta[0], phi[1] + 1, *phi[2:]], strict=True)
     )
+
+
+@pytest.mark.slow
+def test_without_the_module_and_its_one_call_every_test_but_its_own_passes(tmp_path):
+    for folder in ("lightning_lookahead", "tests", "examples"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "lightning_lookahead/outer_loop/cpu_buckets.py").unlink()
+    (tmp_path / "tests/outer_loop/test_cpu_buckets.py").unlink()
+    cycles = tmp_path / "lightning_lookahead/outer_loop/cycles.py"
+    source = cycles.read_text(encoding="utf-8")
+    for part in ("from .cpu_buckets import CpuBuckets\n", ", CpuBuckets.arranged(fast, slow)"):
+        assert source.count(part) == 1
+        source = source.replace(part, "")
+    cycles.write_text(source, encoding="utf-8")
+    with (tmp_path / "tests/conftest.py").open("a", encoding="utf-8") as file:  # the copy is what is tested
+        file.write("\nfrom lightning_lookahead.outer_loop import cycles\n\nassert not hasattr(cycles, 'CpuBuckets')\n")
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "tests/laws", "tests/outer_loop"]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout[-3000:]
+    assert " passed" in run.stdout
