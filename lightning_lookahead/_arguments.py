@@ -25,10 +25,14 @@ def check_integer(value: SupportsIndex, name: str, least: int, what: str = "it")
     Raises:
         ValueError: If ``value`` is out of range.
     """
-    if isinstance(value, bool) or not hasattr(value, "__index__") or operator.index(value) < least:
+    try:
+        number = least - 1 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = least - 1
+    if number < least:
         message = f"{name}={value!r} is out of range: {what} must be an integer of at least {least}."
         raise ValueError(message)
-    return operator.index(value)
+    return number
 
 
 def check_real(value: float, name: str, allowed: Callable[[float], bool], what: str) -> float:

@@ -1,4 +1,4 @@
-"""Lightning's private names, patches of it, and its two packages.
+"""Private names of Lightning's Trainer and loops, and Lightning's two packages.
 
 ``lightning.pytorch`` and ``pytorch_lightning`` are two packages with the same classes. The one that the user has
 imported is used, and the other is not imported: it would take over the first one's log messages. Classes are told by
@@ -72,6 +72,11 @@ def move_to_front(trainer: Trainer, callback: Callback) -> None:
     others = [other for other in callbacks_of(trainer) if other is not callback]
     ahead = sum(has_class_named(other, TUNERS) for other in others)
     trainer.callbacks = [*others[:ahead], callback, *others[ahead:]]  # type: ignore[attr-defined]
+
+
+def real_optimizers(trainer: Trainer) -> list[Any]:
+    """The optimizers that ``configure_optimizers`` gave, without Lightning's stand-in for none."""
+    return [own for own in trainer.optimizers if not has_class_named(own, ["_MockOptimizer"])]
 
 
 def averages(trainer: Trainer) -> bool:

@@ -81,7 +81,7 @@ def newest_checkpoint(folder: str | os.PathLike[str], pattern: str = "*.ckpt") -
 
         trainer.fit(model, ckpt_path=newest_checkpoint("checkpoints"))
     """
-    _check_there(folder)
+    _check_there(folder, "folder", "a folder of checkpoints")
     there = (path for path in Path(folder).glob(pattern) if path.exists())  # a link may lead nowhere
     by_age = sorted(there, key=lambda path: path.stat().st_mtime_ns, reverse=True)
     return next((path for path in by_age if _is_whole(path)), None)
@@ -92,9 +92,7 @@ def _is_whole(path: Path) -> bool:
         if path.is_dir():
             return (path / "meta.pt").is_file() and _damaged_part(path / "meta.pt") is None and _has_all_shards(path)
         return _damaged_part(path) is None if _is_archive(path) else _is_of_old(path)
-    except OSError:
-        return False
-    except Exception:  # noqa: BLE001 (the list of shards is a pickle, in which anything may be wrong)
+    except Exception:  # noqa: BLE001 (of a file that cannot be read; of a list of shards, a pickle, whatever is wrong)
         return False
 
 
@@ -237,18 +235,18 @@ def _read_shards(path: Path, *, weights_only: bool) -> dict[str, Any]:
     return checkpoint
 
 
-def _check_there(path: str | os.PathLike[str]) -> None:
+def _check_there(path: str | os.PathLike[str], name: str, what: str) -> None:
     if not str(path):
-        message = "path is empty: give the path of a checkpoint."
+        message = f"{name} is empty: give the path of {what}."
         raise ValueError(message)
     if not Path(path).exists():
-        message = f"{path} does not exist."
+        message = f"{name}={str(path)!r} does not exist: give the path of {what}."
         raise FileNotFoundError(message)
 
 
 def read_checkpoint(path: str | os.PathLike[str], *, weights_only: bool) -> dict[str, Any]:
     """Read a checkpoint onto the CPU: a file, or a folder of shards without the optimizers' own state."""
-    _check_there(path)
+    _check_there(path, "path", "a checkpoint")
     try:
         if Path(path).is_dir():
             checkpoint = _read_shards(Path(path), weights_only=weights_only)

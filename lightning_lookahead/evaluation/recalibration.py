@@ -45,7 +45,7 @@ def check_recalibrate(value: object, eval_weights: Weights | None = None) -> Non
         return
     message = (
         f"recalibrate_batch_norm={value!r} is out of range: give True (all training batches), how many of them (0 for"
-        " none), or False."
+        " none), a loader or list of batches, or False."
     )
     raise ValueError(message)
 

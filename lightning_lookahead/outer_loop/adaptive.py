@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import distributed
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.optim import Optimizer
 
-CURVATURES = ("fisher", "sqrt_fisher", "secant", "hvp")
+Curvature = Literal["fisher", "sqrt_fisher", "secant", "hvp"]
 _SECOND_MOMENTS = ("exp_avg_sq", "square_avg", "sum")
 
 
@@ -87,10 +87,10 @@ class AdaptiveAlpha:
 
     def __init__(
         self,
-        curvature: Literal["fisher", "sqrt_fisher", "secant", "hvp"] = "secant",
+        curvature: Curvature = "secant",
         alpha_low: float = 0.1,
     ) -> None:
-        check_choice("curvature", curvature, CURVATURES)
+        check_choice("curvature", curvature, get_args(Curvature))
         self.curvature = curvature
         self.alpha_low = check_alpha(alpha_low, "alpha_low")
 

@@ -59,7 +59,7 @@ class Alpha:
         source, moving = cycle.step_size, cycle.moving
         if not isinstance(source, AdaptiveAlpha):
             alpha = alpha_at(source, cycle.syncs)
-        elif not moving.fast or (source.needs_loss and self.loss is None):  # due when the run was stopped
+        elif not moving.fast or (source.needs_loss and self.loss is None):  # a resumed run has no loss yet
             alpha = source.alpha_low
         else:
             reduce = source.needs_loss and isinstance(self._parameters.module, DistributedDataParallel)

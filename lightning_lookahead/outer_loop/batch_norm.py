@@ -25,8 +25,8 @@ def statistics_of(module: nn.Module) -> list[Tensor]:
 def check_statistics(module: nn.Module | None, argument: str) -> None:
     """Raise if there is no module or it has no BatchNorm statistics."""
     if module is None or not statistics_of(module):
-        what = "without a module" if module is None else f"{type(module).__name__} has no BatchNorm statistics"
-        message = f"{argument} has nothing to do: {what}."
+        what = "no module was given" if module is None else f"{type(module).__name__} has no BatchNorm statistics"
+        message = f"{argument} has nothing to do: {what}. Leave it out."
         raise ValueError(message)
 
 

@@ -1,4 +1,4 @@
-"""The outer step in fewer calls, for a CPU. Without this file a sync takes longer and gives equal values, bit for bit.
+"""The outer step in fewer calls, for a CPU. Without it, and its one call in `Cycle.split`, a sync is slower.
 
 On a CPU a call takes longer than the arithmetic on a small tensor, and memory is slower than the cache. So the slow
 weights of small tensors lie side by side in one storage, as one tensor. With one thread large tensors are cut into

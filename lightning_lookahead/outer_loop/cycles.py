@@ -125,11 +125,11 @@ class Cycles:
         """The cycles with at least one inner step."""
         return [cycle for cycle in self if self.since(cycle)]
 
-    def due(self, pairs: WeightPairs, *, begun: bool) -> list[Cycle]:
-        """The cycles that a sync ends now: with ``begun`` those with an inner step, else those that ended, or all."""
+    def to_sync(self, pairs: WeightPairs, *, unfinished: bool) -> list[Cycle]:
+        """Prepare and return the cycles that a sync ends: the ended ones or else all, or those with an inner step."""
         pairs.track_replaced()
         self.update(pairs.counterparts)
-        found = self.begun() if begun else self.ended() or list(self)
+        found = self.begun() if unfinished else self.ended() or list(self)
         for cycle in found:  # of a cycle without a step nothing can be said of gradients
             cycle.split(pairs.idle if self.since(cycle) else ())
         return found

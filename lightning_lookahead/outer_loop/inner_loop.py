@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class InnerLoop:
-    """Watches one optimizer: begins the first cycle with its first step, counts the steps, and syncs after the k-th.
+    """Watches one optimizer: begins the first cycle, counts the steps, and calls for a sync after the k-th.
 
     Args:
         optimizer: The inner optimizer. All hooks of this package on it are here.
@@ -44,7 +44,7 @@ class InnerLoop:
             raise ValueError(message)
         self._optimizer, self._settings = optimizer, settings
         self._pairs, self._cycles, self._steps, self._persistence = pairs, cycles, cycles.steps, persistence
-        self._first_step = False  # whether the step under way begins the first cycle or is the first of a resumed run
+        self._first_step = False  # whether the step under way may begin the first cycle, or resume
         self._hooks: list[Any] = []
 
     # -- a step
@@ -62,7 +62,7 @@ class InnerLoop:
                 " `with ...use('slow')` block (or the validation) is left."
             )
             raise RuntimeError(message)
-        self._first_step = not self._pairs.begun or self._persistence.pending is not None
+        self._first_step = not self._pairs.two_sets or self._persistence.pending is not None
         if self._first_step:  # a step without a closure may compute its gradients itself: then there are none yet
             self._begin(computes=has_closure or not has_gradient)
         self.track_new()
@@ -86,7 +86,7 @@ class InnerLoop:
         begins = self._steps.reached(self._settings.start_step)
         if begins or pending is not None:
             self._persistence.place()
-        if begins and not self._pairs.begun:  # gradients of steps before the first cycle do not count in it
+        if begins and not self._pairs.two_sets:  # gradients of steps before the first cycle do not count in it
             self._pairs.idle = dict.fromkeys(self._pairs.counterparts)
         self._persistence.let_go(begins=begins)
 
@@ -102,7 +102,7 @@ class InnerLoop:
         counted = self._steps.end()
         first = self._first_step and self._steps.counted <= self._settings.start_step
         if first and not counted and not self._steps.under_way:
-            self._pairs.begun = False  # the step had no gradient: the first cycle has not begun
+            self._pairs.two_sets = False  # the step had no gradient: the first cycle has not begun
         if counted and self._settings.slow_device and self._steps.counted + 1 in {c.ends for c in self._cycles}:
             self._pairs.prepare()
         if counted and self._sync is not None and self._cycles.ended():

@@ -34,7 +34,8 @@ def all_finite(moving: Moving, nonfinite: Nonfinite, parameters: Parameters) -> 
     if not found:
         return True
     first = parameters.describe(moving.fast[bad[0]]) if bad else "A parameter on another rank"
-    what = f"{first} has a value that is not finite, and so have {max(len(bad) - 1, 0)} others"
+    more = f", as have {len(bad) - 1} more" if len(bad) > 1 else ""
+    what = f"{first} has a value that is NaN or infinite{more}"
     if nonfinite == "raise":
         message = (
             f"{what}: the slow weights are as they were after the last sync. Lower the learning rate or clip gradients,"

@@ -39,7 +39,7 @@ class Pending:
     """A state that was loaded and waits for its model, which may be loaded later.
 
     Attributes:
-        begun: Whether the saved run had begun its first cycle.
+        two_sets: Whether the saved run had begun its first cycle.
         weights: Set -> parameter -> value.
         momentum: Entry of the optimizer's state -> parameter -> value.
         statistics: Set -> BatchNorm statistics, in the module's order.
@@ -52,7 +52,7 @@ class Pending:
         left_out: Parameters that kept the values that they had when the state was put in its place.
     """
 
-    begun: bool
+    two_sets: bool
     weights: dict[str, dict[Tensor, Tensor]] = field(default_factory=dict)
     momentum: dict[str, dict[Tensor, Tensor]] = field(default_factory=dict)
     statistics: dict[str, list[Tensor]] = field(default_factory=dict)
@@ -343,12 +343,12 @@ class Persistence:
         on. Before the first cycle phi is what the parameters hold.
         """
         pending = self.pending
-        if self.pairs.active == "slow" or (self.pairs.begun and pending is None):
+        if self.pairs.active == "slow" or (self.pairs.two_sets and pending is None):
             return
         self.parameters.reshard()
         if pending is not None and not (pending.placed and pending.in_place):
-            self._put(pending)
-        if pending is None or not pending.begun:
+            self._settle(pending)
+        if pending is None or not pending.two_sets:
             self.pairs.track_replaced()
             self.pairs.start()
             self.statistics.start()
@@ -360,21 +360,21 @@ class Persistence:
             begins: Whether the first cycle begins.
         """
         pending, self.pending = self.pending, None
-        self.pairs.begun = self.pairs.begun or begins or (pending is not None and pending.begun)
+        self.pairs.two_sets = self.pairs.two_sets or begins or (pending is not None and pending.two_sets)
 
     def begin(self) -> None:
         """Put a pending state in its place and drop it: training moves the weights from here on."""
         self.place()
         self.let_go()
 
-    def _put(self, pending: Pending) -> None:
+    def _settle(self, pending: Pending) -> None:
         pending.placed = True
         copy_(pending.loaded, pending.loaded.values())
         # Parameters that are frozen now may have been trained in the saved run.
         self.pairs.track({*pending.parameters, *pending.trained})
         self.cycles.update(self.pairs.counterparts)
         self.pairs.start()
-        self.pairs.begun = pending.begun
+        self.pairs.two_sets = pending.two_sets
         counterparts = self.pairs.counterparts
         if pending.idle is not None:
             self.pairs.idle = dict.fromkeys(p for p in pending.idle if p in counterparts)
@@ -390,10 +390,10 @@ class Persistence:
         places = {"fast": {p: p for p in counterparts}, "slow": counterparts}
         for which, values in pending.weights.items():
             own = [p for p in values if p in counterparts and p not in changed]
-            if which == "fast" or pending.begun:  # before that phi is theta
+            if which == "fast" or pending.two_sets:  # before that phi is theta
                 copy_([places[which][p] for p in own], [values[p] for p in own])
         self.statistics.start()
-        for which, statistics in pending.statistics.items() if pending.begun else ():
+        for which, statistics in pending.statistics.items() if pending.two_sets else ():
             copy_(self.statistics.live if which == "fast" else self.statistics.counterparts, statistics)
 
 

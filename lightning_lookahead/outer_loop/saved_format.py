@@ -5,8 +5,8 @@ The state of one outer loop, what `SlowWeights.state_dict` returns:
 ===================  =========================================================================================
 ``k``, ``alpha``...  `Settings.saved`, to compare with the settings of a run that resumes
 ``steps``            inner steps taken
-``steps_since_sync`` inner steps since the last sync
-``syncs``            syncs done
+``steps_since_sync`` inner steps since the first cycle began
+``syncs``            syncs of the first cycle
 ``groups``           ``steps_since_sync`` and ``syncs`` of each further cycle, if groups have a ``k`` or ``alpha``
 ``trained``          names of the parameters that have slow weights, also if a run that resumes has frozen them
 ``idle``             names of the trained parameters without a gradient since their last sync; None: all
@@ -31,7 +31,7 @@ Lightning ignore that key.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args
 
 import torch
 
@@ -122,8 +122,7 @@ def check_saved(state: object, where: object = "The checkpoint") -> None:
         )
         raise ValueError(message)
     if not isinstance(state.get("optimizers"), list):
-        message = f"{where} has damaged Lookahead state: its counters ('optimizers') are missing."
-        raise ValueError(message)  # noqa: TRY004 (it comes from a file)
+        _refuse(f"{where} has damaged Lookahead state: its counters ('optimizers') are missing")
     for counters in state["optimizers"]:
         check_state(counters)
     check_weights(state.get("eval_weights", "(missing)"), f"{where}: eval_weights")
@@ -132,49 +131,47 @@ def check_saved(state: object, where: object = "The checkpoint") -> None:
 def check_state(state: object) -> None:
     """Raise unless ``state`` is the state of one outer loop: its counts fit together, its tensors are tensors."""
     if not isinstance(state, dict):
-        message = f"The saved Lookahead state is {state!r}; it must be a dict of steps, steps_since_sync and syncs."
-        raise ValueError(message)  # noqa: TRY004 (it comes from a file)
-    for name in ("steps", "steps_since_sync", "syncs"):
-        value = state.get(name)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-            message = f"state_dict[{name!r}] is {value!r}; it must be an integer of at least 0."
-            raise ValueError(message)
-    groups = state.get("groups", [])
-    if not isinstance(groups, list) or not all(_is_group(group, state["steps"]) for group in groups):
-        message = f"state_dict['groups'] is {groups!r}; it must be a list of dicts of steps_since_sync and syncs."
-        raise ValueError(message)
-    since, total = state["steps_since_sync"], state["steps"]
-    if since > total:
-        message = f"state_dict has steps_since_sync={since} and steps={total}; it cannot be more."
-        raise ValueError(message)
+        _refuse(f"The saved Lookahead state is {state!r}; it must be a dict of steps, steps_since_sync and syncs")
+    _check_counts(state)
     for key in ("trained", "idle"):
-        _check_names(key, state.get(key))
+        names = state.get(key)
+        if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+            _refuse(f"state_dict[{key!r}] is {names!r}; it must be a list of names of parameters, or None")
     check_weights(state.get("saved_with", "slow"), "state_dict['saved_with']")
     dtype_of(state.get("slow_dtype"))
     for part in TENSORS:
         entries = state.get(part, {})
         if not isinstance(entries, dict) or not all(_are_tensors(values) for values in entries.values()):
-            message = f"state_dict[{part!r}] is damaged: it must be a dict of dicts of tensors."
-            raise ValueError(message)
+            _refuse(f"state_dict[{part!r}] is damaged: it must be a dict of dicts of tensors")
     sums = state.get("checksums", {})
     if not isinstance(sums, dict) or not all(_are_integers(values) for values in sums.values()):
-        message = "state_dict['checksums'] is damaged: it must be a dict of dicts of integers."
-        raise ValueError(message)
+        _refuse("state_dict['checksums'] is damaged: it must be a dict of dicts of integers")
 
 
-def _check_names(key: str, names: object) -> None:
-    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
-        message = f"state_dict[{key!r}] is {names!r}; it must be a list of names of parameters, or None."
-        raise ValueError(message)
+def _check_counts(state: dict[str, Any]) -> None:
+    for name in ("steps", "steps_since_sync", "syncs"):
+        value = state.get(name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            _refuse(f"state_dict[{name!r}] is {value!r}; it must be an integer of at least 0")
+    groups = state.get("groups", [])
+    if not isinstance(groups, list) or not all(_is_group(group, state["steps"]) for group in groups):
+        _refuse(f"state_dict['groups'] is {groups!r}; it must be a list of dicts of steps_since_sync and syncs")
+    since, total = state["steps_since_sync"], state["steps"]
+    if since > total:
+        _refuse(f"state_dict has steps_since_sync={since} and steps={total}; it cannot be more")
+
+
+def _refuse(what: str) -> NoReturn:
+    message = f"{what}. Take another checkpoint."
+    raise ValueError(message)
 
 
 def _is_group(group: object, total: int) -> bool:
     if not isinstance(group, dict):
         return False
     since, syncs = group.get("steps_since_sync"), group.get("syncs")
-    return (
-        type(since) is int and 0 <= since <= total and type(syncs) is int and syncs >= 0
-    )  # `sync_now()` takes no step
+    # There may be more syncs than steps: `sync_now()` takes none.
+    return type(since) is int and 0 <= since <= total and type(syncs) is int and syncs >= 0
 
 
 def _are_tensors(values: object) -> bool:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from numbers import Real
 
-from lightning_lookahead._arguments import check_alpha, check_integer, check_k
+from lightning_lookahead._arguments import check_alpha, check_integer, check_k, check_real
 
 from .adaptive import AdaptiveAlpha
 
@@ -20,7 +21,8 @@ class Schedule(ABC):
     """A value for each sync, from ``start`` to ``end``: an ``alpha`` or a ``k`` that changes in training."""
 
     def __init__(self, start: float, end: float, syncs: int) -> None:
-        self.start, self.end = start, end
+        self.start = check_real(start, "start", math.isfinite, "it must be a finite number")
+        self.end = check_real(end, "end", math.isfinite, "it must be a finite number")
         self.syncs = check_integer(syncs, "syncs", 1, "the length of a schedule")
 
     def __repr__(self) -> str:
@@ -45,7 +47,7 @@ class Linear(Schedule):
         syncs: Syncs from one to the other; at least 1.
 
     Raises:
-        ValueError: If ``syncs`` is out of range.
+        ValueError: If a number is out of range.
 
     Example:
         >>> [Linear(start=0.5, end=1.0, syncs=2)(sync) for sync in (0, 1, 2, 9)]
@@ -65,7 +67,7 @@ class Cosine(Schedule):
         syncs: Syncs from one to the other; at least 1.
 
     Raises:
-        ValueError: If ``syncs`` is out of range.
+        ValueError: If a number is out of range.
 
     Example:
         >>> [round(Cosine(start=1.0, end=0.5, syncs=4)(sync), 3) for sync in (0, 1, 2, 4, 9)]
@@ -76,30 +78,34 @@ class Cosine(Schedule):
         return (1 - math.cos(math.pi * part)) / 2
 
 
-def check_step_size(alpha: StepSize, name: str = "alpha") -> StepSize:
+def check_step_size(alpha: StepSize) -> StepSize:
     """Return ``alpha``; raise unless it is a number in (0, 1] or a function that begins with one."""
     if isinstance(alpha, AdaptiveAlpha):
         return alpha
-    alpha_at(alpha, 0, name)
+    alpha_at(alpha, 0)
     return alpha if callable(alpha) else float(alpha)
 
 
-def check_cycle_length(k: CycleLength, name: str = "k") -> CycleLength:
+def check_cycle_length(k: CycleLength) -> CycleLength:
     """Return ``k``; raise unless it is an integer of at least 1 or a function that begins with one."""
     if callable(k):
-        k_at(k, 0, name)
+        k_at(k, 0)
         return k
-    return check_k(k, name)
+    return check_k(k)
 
 
-def alpha_at(alpha: float | Callable[[int], float], sync: int, name: str = "alpha") -> float:
+def alpha_at(alpha: float | Callable[[int], float], sync: int) -> float:
     """The step size for a sync; raises if it is out of range."""
-    return check_alpha(alpha(sync), f"{name} at sync {sync}") if callable(alpha) else check_alpha(alpha, name)
+    return check_alpha(alpha(sync), f"alpha at sync {sync}") if callable(alpha) else check_alpha(alpha)
 
 
-def k_at(k: CycleLength, sync: int, name: str = "k") -> int:
+def k_at(k: CycleLength, sync: int) -> int:
     """The inner steps of the cycle before a sync; raises if a schedule gives a value out of range."""
-    return check_k(round(k(sync)), f"{name} at sync {sync}") if callable(k) else k  # unchecked: called in every step
+    if not callable(k):
+        return k  # unchecked: called in every step
+    value = k(sync)
+    is_number = isinstance(value, Real) and math.isfinite(value)
+    return check_k(round(value) if is_number else value, f"k at sync {sync}")  # type: ignore[arg-type]
 
 
 def describe(value: StepSize | CycleLength) -> float | str:

@@ -72,7 +72,7 @@ class SlowWeights:
             contains Lookahead, or has parameters without values.
 
     Example:
-        >>> import torch, warnings
+        >>> import torch
         >>> weight = torch.nn.Parameter(torch.tensor([1.0]))
         >>> optimizer = torch.optim.SGD([weight], lr=0.25)
         >>> slow = SlowWeights(optimizer, k=2, alpha=0.5)
@@ -209,22 +209,23 @@ class SlowWeights:
         """Whether a cycle has ended, ``k`` inner steps after it began; reads the device only if it may have."""
         return bool(self.cycles.ended())
 
-    def sync(self, *, begun: bool = False) -> None:
+    def sync(self, *, unfinished: bool = False) -> None:
         """Do the outer step now: ``phi <- phi + alpha * (theta - phi)``, then ``theta <- phi``; starts a new cycle.
 
-        If groups have cycles of their own, those that have ended are synced, or all if none has; with ``begun`` those
-        that have an inner step, as at the end of training. A parameter that had no gradient in the steps of this
-        optimizer since keeps its value, and phi takes it.
+        If groups have cycles of their own, the ended ones are synced, or all if none has ended; with ``unfinished``
+        those with an inner step, as at the end of training. A parameter without a gradient in this optimizer's steps
+        since its last sync keeps its value, and phi takes it.
 
         Raises:
-            RuntimeError: If the parameters hold the slow weights, or if a fast weight is NaN or infinite.
+            RuntimeError: If the parameters hold the slow weights, or, with ``nonfinite="raise"``, if a fast weight is
+                NaN or infinite.
         """
         if self.active == "slow":
             message = "sync() was called while the parameters hold the slow weights: leave use('slow') first."
             raise RuntimeError(message)
         self.persistence.begin()
-        due = self.cycles.due(self.pairs, begun=begun)
-        nonfinite = self.settings.nonfinite  # looked for in all cycles before one moves
+        due = self.cycles.to_sync(self.pairs, unfinished=unfinished)
+        nonfinite = self.settings.nonfinite  # all cycles are checked before one moves: an error leaves all as they were
         finite = [all_finite(cycle.moving, nonfinite, self.parameters) for cycle in due]
         if self._measure_distance:
             self.last_distance = self.pairs.distance()
@@ -237,7 +238,7 @@ class SlowWeights:
                 if cycle is self.cycles.first:
                     self.statistics.sync(alpha)
                 cycle.syncs += 1
-            elif self.settings.nonfinite == "restore":
+            elif nonfinite == "restore":
                 restore(cycle.moving, self._momentum, self.statistics)
             self.pairs.end_cycle(cycle.weights, cycle.still)
             self.cycles.begin_next(cycle)

@@ -58,7 +58,7 @@ class WeightPairs:
     Attributes:
         active: The set that the parameters hold.
         dtype: ``slow_dtype`` as a torch dtype.
-        begun: Whether there are two sets: before the first cycle there is one.
+        two_sets: Whether there are two sets: before the first cycle there is one.
         idle: Trained parameters without a gradient in the optimizer's steps since their last sync.
     """
 
@@ -76,7 +76,7 @@ class WeightPairs:
         self._shared = set() if settings.alpha == 1 else set(shared)
         self.dtype, self._device = dtype_of(settings.slow_dtype), device_of(settings.slow_device)
         self._listed: list[Tensor] = []
-        self.begun = False
+        self.two_sets = False
         self.idle: dict[Tensor, None] = {}
         self._left_alone: list[Tensor] = []
         self.track()
@@ -178,7 +178,7 @@ class WeightPairs:
 
     def end_swap(self) -> None:
         """Take what the parameters hold for the fast weights: a state was loaded."""
-        self.active, self._aside, self.begun = "fast", {}, False
+        self.active, self._aside, self.two_sets = "fast", {}, False
         self._offload.forget()
 
     def values(self, weights: Weights) -> dict[Tensor, Tensor]:
@@ -186,9 +186,9 @@ class WeightPairs:
         check_weights(weights)
         others = self.counterparts
         if weights == "fast":
-            return {p: p for p in others} if self.active == "fast" or not self.begun else {**others, **self._aside}
+            return {p: p for p in others} if self.active == "fast" or not self.two_sets else {**others, **self._aside}
         held = set() if self.active == "fast" else others.keys() - self._aside.keys()
-        if not self.begun:  # there is one set, which a counterpart of lower precision cannot hold
+        if not self.two_sets:  # there is one set, which a counterpart of lower precision cannot hold
             held = {p for p, other in others.items() if torch.promote_types(p.dtype, other.dtype) != other.dtype}
         return {p: p if p in held else other for p, other in others.items()}
 
@@ -201,7 +201,7 @@ class WeightPairs:
             synced: Whether no step was taken since the last sync: a write from outside then belongs to both sets.
         """
         check_weights(weights)
-        if weights == self.active or not self.begun:
+        if weights == self.active or not self.two_sets:
             self.active = weights
             return
         aside: dict[Tensor, Tensor] = {}

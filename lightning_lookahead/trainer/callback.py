@@ -133,7 +133,7 @@ class LookaheadCallback(Callback):
             "sync_optimizers": self.sync_optimizers,
         }
         options = self.eval_weights, self.sync_optimizers, self.recalibrate_batch_norm, self.monitor
-        return Fit(type(self).__name__, self.settings, saved, *options)
+        return Fit(self.state_key, self.settings, saved, *options)
 
     @property
     def slow_weights(self) -> list[SlowWeights]:
@@ -147,6 +147,7 @@ class LookaheadCallback(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._in_trainer = True
+        self._fit.checkpoints.key = self.state_key
         check_trainer(trainer)
         if stage != "fit":
             return
@@ -216,7 +217,7 @@ class LookaheadCallback(Callback):
 
         Raises:
             ValueError: If ``weights`` is neither.
-            RuntimeError: If this process has started no fit.
+            RuntimeError: If this process has started no fit, or if other weights were loaded into the module since.
         """
         self.loops.check_sets(weights)
         with self.loops.use(weights):

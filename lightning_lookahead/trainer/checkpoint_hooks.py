@@ -1,4 +1,4 @@
-"""Both sets of weights in a Trainer's checkpoints. The only module that patches a strategy."""
+"""Both sets of weights in a Trainer's checkpoints, by patches of its strategy."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ class CheckpointHooks:
 
     def undo(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """After an exception, restore the module's state of before the checkpoint was loaded, if that was refused."""
-        self._in_batch, self._shown = False, []
+        self._in_batch, self._shown, self._replaced = False, [], []
         if self._before_loading and trainer.state.fn == "fit":
             pl_module.load_state_dict(self._before_loading)
         self._before_loading = {}
@@ -269,7 +269,6 @@ class CheckpointHooks:
             )
             raise ValueError(message)
         for slow, state in zip(self.loops.slow_weights, self._restored, strict=False):
-            slow.persistence.load_state_dict(
-                state, self._restored_model
-            )  # not slow.load_state_dict, which would warn of settings again
+            # Not slow.load_state_dict, which would warn of settings a second time.
+            slow.persistence.load_state_dict(state, self._restored_model)
         self._restored, self._restored_model = [], {}

@@ -164,10 +164,10 @@ class LookaheadCLI(LightningCLI):
             pass  # it is whole, and holds objects
         except ValueError as damage:
             self.parser.error(f"ckpt_path={path} cannot be read as a checkpoint: {damage}")
-        if hasattr(self, "trainer"):  # the arguments were accepted: the error may be the user's code's
-            sys.stderr.write("JSONARGPARSE_DEBUG=true shows the traceback.\n")
         if not isinstance(error, (ValueError, OSError, RuntimeError, UnpicklingError, MisconfigurationException)):
             raise error
+        if hasattr(self, "trainer"):  # the arguments were accepted: the error may be the user's code's
+            sys.stderr.write("JSONARGPARSE_DEBUG=true shows the traceback.\n")
         self.parser.error(str(error), error)
 
 

@@ -105,8 +105,8 @@ def compare_weights(
         weights_only: As in ``trainer.validate``, how the checkpoint is read.
 
     Raises:
-        ValueError: If there is one set of weights only, if ``model`` is not the one that was trained, or under
-            `FSDPStrategy`.
+        ValueError: If there is one set of weights only, if ``model`` is not the one that was trained, if validation
+            logs nothing, if ``recalibrate_batch_norm`` is out of range, or under `FSDPStrategy`.
         RuntimeError: If the Trainer is in the middle of a run.
 
     Example::
@@ -170,7 +170,9 @@ def _trained(trainer: Trainer, module: LightningModule) -> LookaheadCallback:
                     message = f"There is one set of weights only: {OTHERS_LOADED}"
                     raise ValueError(message)
                 return callback
-            message = "model is not the module that this Trainer's LookaheadCallback has trained."
+            message = (
+                "model is not the module that this Trainer's LookaheadCallback has trained: give it, or ckpt_path=."
+            )
             raise ValueError(message)
     message = (
         "There is one set of weights only: this Trainer has not trained with a LookaheadCallback in this process. Give"

@@ -7,7 +7,7 @@ import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from lightning_lookahead._lightning import averages, has_class_named, training_loss
+from lightning_lookahead._lightning import averages, real_optimizers, training_loss
 from lightning_lookahead.evaluation.isolation import isolated
 from lightning_lookahead.outer_loop.adaptive import AdaptiveAlpha, TrainingLoss
 from lightning_lookahead.outer_loop.batch_norm import check_statistics
@@ -61,7 +61,7 @@ class Fit:
         self, trainer: Trainer, pl_module: LightningModule, exclude: list[str], *, log_distance: bool, check_ranks: bool
     ) -> None:
         """Make the slow weights; raise if an option does not work with these optimizers or this strategy."""
-        optimizers = [own for own in trainer.optimizers if not has_class_named(own, ["_MockOptimizer"])]
+        optimizers = real_optimizers(trainer)
         if not optimizers:
             warnings.warn("configure_optimizers gave no optimizer: there is nothing to look ahead with.", stacklevel=2)
             return
@@ -146,7 +146,7 @@ class Fit:
         self.checkpoints.keep_loaded()
         for slow in self.loops.counting if sync_unfinished else ():
             if slow.cycles.steps_since_sync:
-                slow.sync(begun=True)
+                slow.sync(unfinished=True)
                 self._record(trainer, [slow])
         if self.monitor is not None and self.loops.counting:
             self.monitor.end(trainer)
@@ -154,8 +154,9 @@ class Fit:
         if not averaged:
             self.loops.swap_to(self.weights)
         self._stop()
-        self.loops.follow()
-        if averaged or not self.loops.left:  # before: a module that others loaded is not what the fit left
+        self.loops.move_to_parameters()
+        # `on_fit_end` calls this again: what others loaded since `on_train_end` is not what the fit left.
+        if averaged or not self.loops.left:
             self.loops.leave()
 
     def abort(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -60,7 +60,7 @@ class OuterLoops:
 
         Raises:
             TypeError: If an optimizer is not a torch optimizer.
-            ValueError: If an optimizer cannot have slow weights; the optimizers before it have them then.
+            ValueError: If an optimizer cannot have slow weights; those before it then have some: `close` them.
         """
         for optimizer in optimizers:
             check_optimizer(optimizer)
@@ -107,7 +107,7 @@ class OuterLoops:
             if slow.optimizer is optimizer:
                 slow.inner_loop.track_new()
 
-    def follow(self) -> None:
+    def move_to_parameters(self) -> None:
         """Move the slow weights to the module's device: after a fit Lightning moves the module to the CPU."""
         for slow in self.slow_weights:
             slow.swap_to(slow.active)
@@ -168,7 +168,7 @@ def owned_by_others(optimizers: list[Optimizer], pl_module: LightningModule) -> 
     shared = list(dict.fromkeys(parameter for own in found for parameter in own))
     if shared:
         first = names.get(shared[0], ["(of another module)"])[0]
-        others = f" and {len(shared) - 1} others are" if len(shared) > 1 else " is"
+        others = f" and {len(shared) - 1} more are" if len(shared) > 1 else " is"
         message = (
             f"Lookahead: parameter {first!r}{others} in several optimizers. It is synced when the first of them,"
             f" optimizer {owner[shared[0]]}, has taken its k steps."

@@ -48,14 +48,16 @@ def check_ranks(named: dict[str, Tensor]) -> None:
     Raises:
         RuntimeError: On every rank, with the name of the first tensor that differs.
     """
+    if not named:
+        return
     sums = torch.stack([bit_sum(tensor) for tensor in named.values()])
     extremes = torch.stack([sums, -sums])
     distributed.all_reduce(extremes, op=distributed.ReduceOp.MAX)
     different = (extremes[0] != -extremes[1]).nonzero()
     if len(different):
         message = (
-            f"Parameter {list(named)[int(different[0])]!r} differs between ranks, and so do {len(different) - 1} others"
-            f" of {len(named)}: a rank has drifted (its weights were changed alone, or gradients were not averaged)."
-            " Start again from a checkpoint saved before that."
+            f"Parameter {list(named)[int(different[0])]!r} differs between ranks, one of {len(different)} of"
+            f" {len(named)}: a rank has drifted (its weights were changed alone, or gradients were not averaged). Start"
+            " again from a checkpoint saved before that."
         )
         raise RuntimeError(message)

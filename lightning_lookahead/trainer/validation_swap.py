@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lightning_lookahead.evaluation.recalibration import Recalibration
 
@@ -41,7 +41,7 @@ class ValidationSwap:
         if self._recalibrate and self._loops.counting and not trainer.sanity_checking:
             self.recalibration.start(trainer, self._recalibrate)
 
-    def end(self, *_: Any) -> None:
+    def end(self) -> None:
         """Swap out, after every other callback's ``on_validation_end`` and the module's: first in, last out."""
         self.recalibration.stop()
         self._loops.swap_to("fast")

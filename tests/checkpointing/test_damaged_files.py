@@ -119,7 +119,7 @@ def test_what_cannot_be_allowed_alone_is_told_from_damage_too(thing, name):
     torch.save({**torch.load(saved(), weights_only=True), "hyper_parameters": {"thing": thing}}, "objects.ckpt")
     with pytest.raises(pickle.UnpicklingError, match=f"objects.ckpt is whole.*{name}.*weights_only=False.$"):
         load_weights("objects.ckpt")
-    os.utime("run.ckpt", (0, 0))  # noqa: PTH (before the other by more than a clock's tick)
+    os.utime("run.ckpt", (0, 0))  # before the other by more than a clock's tick
     assert newest_checkpoint(".").name == "objects.ckpt"
 
 
@@ -128,7 +128,7 @@ def test_a_link_to_nowhere_and_a_file_of_an_old_torch_are_not_in_the_way():
     assert newest_checkpoint(".") is None
     content = torch.load(saved(), weights_only=True)
     torch.save(content, "old.ckpt", _use_new_zipfile_serialization=False)
-    os.utime("run.ckpt", (0, 0))  # noqa: PTH
+    os.utime("run.ckpt", (0, 0))
     assert newest_checkpoint(".").name == "old.ckpt"
     assert equal(load_weights("old.ckpt").values(), load_weights("run.ckpt").values())
     with open("old.ckpt", "r+b") as file:  # noqa: PTH123
@@ -139,9 +139,9 @@ def test_a_link_to_nowhere_and_a_file_of_an_old_torch_are_not_in_the_way():
 def test_an_empty_path_is_called_empty():
     with pytest.raises(ValueError, match="path is empty"):
         load_weights("")
-    with pytest.raises(ValueError, match="path is empty"):
+    with pytest.raises(ValueError, match="folder is empty"):
         newest_checkpoint("")
-    with pytest.raises(FileNotFoundError, match=r"nowhere does not exist"):
+    with pytest.raises(FileNotFoundError, match="folder='nowhere' does not exist: give"):
         newest_checkpoint("nowhere")
 
 
@@ -150,11 +150,11 @@ def test_the_newest_checkpoint_is_the_newest_that_is_whole_whatever_it_holds():
     make_trainer(LookaheadCallback(k=3), every, max_steps=4).fit(Regression())
     assert newest_checkpoint("folder").name == "step=4.ckpt"
     for step in (1, 2, 3, 4):
-        os.utime(f"folder/step={step}.ckpt", (step, step))  # noqa: PTH (a time of its own for each)
+        os.utime(f"folder/step={step}.ckpt", (step, step))  # a time of its own for each
     assert newest_checkpoint("folder").name == "step=4.ckpt"
     torch.save({"hyper_parameters": Schedule()}, "folder/objects.ckpt")
     assert newest_checkpoint("folder").name == "objects.ckpt"
-    os.utime("folder/objects.ckpt", (0, 0))  # noqa: PTH
+    os.utime("folder/objects.ckpt", (0, 0))
     with open("folder/step=4.ckpt", "r+b") as file:  # noqa: PTH123
         file.truncate(1000)
     assert newest_checkpoint("folder").name == "step=3.ckpt"

@@ -151,7 +151,7 @@ def test_a_wrapper_around_an_optimizer_that_contains_lookahead_is_refused(cls):
         SlowWeights(optimizer)
 
 
-@pytest.mark.filterwarnings("ignore:.*not finite")
+@pytest.mark.filterwarnings("ignore:.*NaN or infinite")
 @pytest.mark.parametrize("mode", [{"pullback_momentum": "reset"}, {"nonfinite": "restore"}])
 @pytest.mark.parametrize("cls", wrappers())
 def test_a_state_that_begins_anew_does_so_within_a_wrapper_or_is_refused(cls, mode):

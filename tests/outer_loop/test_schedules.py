@@ -77,12 +77,18 @@ def test_values_out_of_range_are_refused_at_once_or_when_they_come(make):
         ({"alpha": Linear(start=0.0, end=1.0, syncs=2)}, "alpha at sync 0=0.0 is out of range"),
         ({"alpha": lambda _: 2}, "alpha at sync 0=2 is out of range"),
         ({"k": lambda _: 0}, "k at sync 0=0 is out of range"),
+        ({"k": lambda _: float("nan")}, "k at sync 0=nan is out of range"),
+        ({"k": lambda _: "two"}, "k at sync 0='two' is out of range"),
     ):
         with pytest.raises(ValueError, match=message):
             make(**wrong)
     for kind in (Linear, Cosine):
         with pytest.raises(ValueError, match="syncs=0 is out of range"):
             kind(start=0.5, end=1.0, syncs=0)
+        with pytest.raises(ValueError, match="end=inf is out of range"):
+            kind(start=0.5, end=float("inf"), syncs=2)
+        with pytest.raises(ValueError, match="start='half' is out of range"):
+            kind(start="half", end=1.0, syncs=2)
 
 
 def test_a_schedule_that_leaves_its_range_is_refused_and_phi_stays():

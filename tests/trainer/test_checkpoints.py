@@ -206,3 +206,28 @@ def test_a_checkpoint_saved_within_a_swap_holds_each_set_in_its_place(eval_weigh
     assert equal(load_weights("inside.ckpt", "fast").values(), theta)
     resumed, _ = fit(LookaheadCallback(k=3, eval_weights=eval_weights), ckpt_path="inside.ckpt")
     assert equal(resumed.weights(), reference(8)[eval_weights == "slow"])
+
+
+class Named(LookaheadCallback):
+    """With a key of its own in checkpoints."""
+
+    @property
+    def state_key(self):
+        return f"{type(self).__name__} of this project"
+
+
+def test_a_state_key_of_a_subclass_is_the_key_in_a_checkpoint():
+    _, trainer = fit(Named(k=3), max_steps=4)
+    trainer.save_checkpoint("named.ckpt")
+    saved = torch.load("named.ckpt", weights_only=True)
+    assert saved["callbacks"]["Named of this project"]["optimizers"][0]["steps"] == 4
+    whole = fit(Named(k=3), max_steps=8)[0]
+    resumed = fit(Named(k=3), max_steps=8, ckpt_path="named.ckpt")[0]
+    assert equal(resumed.parameters(), whole.parameters())
+
+
+def test_a_trainer_that_has_only_validated_saves():
+    trainer = make_trainer(Named(k=3))
+    trainer.validate(Regression(), verbose=False)
+    trainer.save_checkpoint("validated.ckpt")
+    assert torch.load("validated.ckpt", weights_only=True)["callbacks"]["Named of this project"]["optimizers"] == []

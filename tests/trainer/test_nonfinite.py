@@ -24,7 +24,7 @@ class Exploding(Regression):
 def test_a_value_that_is_not_finite_raises_with_its_name_and_phi_is_kept(value):
     callback, module = LookaheadCallback(k=3), Exploding(batches=12)
     module.value = value
-    with pytest.raises(RuntimeError, match=r"'net.\d.weight' has a value that is not finite.*nonfinite='skip'"):
+    with pytest.raises(RuntimeError, match=r"'net.\d.weight' has a value that is NaN or infinite.*nonfinite='skip'"):
         fit(callback, module)
     with callback.use_weights("slow"):
         assert equal(module.weights(), reference(3)[1])

@@ -5,6 +5,7 @@ import torch
 from lightning.pytorch.demos.boring_classes import BoringModel
 
 from lightning_lookahead import LookaheadCallback
+from lightning_lookahead.trainer.rank_check import check_ranks
 from tests.helpers.runs import make_trainer
 
 
@@ -47,3 +48,7 @@ class Two(BoringModel):
 )
 def test_two_optimizers_sync_each_by_itself_or_together(sync_optimizers, expected):
     assert train(Two(), sync_optimizers=sync_optimizers) == expected
+
+
+def test_ranks_without_a_trained_parameter_agree():
+    check_ranks({})

@@ -255,7 +255,7 @@ class Shared(Regression):
 @pytest.mark.parametrize("sync_optimizers", ["independently", "together"])
 def test_a_parameter_in_two_optimizers_has_one_slow_tensor_of_the_first(sync_optimizers):
     callback, module = LookaheadCallback(k=2, sync_optimizers=sync_optimizers), Shared()
-    with pytest.warns(UserWarning, match=r"'net.2.weight' and 1 others are in several optimizers. .* optimizer 0"):
+    with pytest.warns(UserWarning, match=r"'net.2.weight' and 1 more are in several optimizers. .* optimizer 0"):
         trained(module, callback, max_epochs=1, max_steps=-1)
     first, second = callback.slow_weights
     assert (len(first.values("slow")), len(second.values("slow"))) == (4, 0)

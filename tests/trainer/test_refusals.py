@@ -1,5 +1,7 @@
 """What is refused before training."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -116,6 +118,6 @@ def test_unknown_choices_are_refused(argument):
 
 
 def test_a_start_that_is_no_number_of_steps_is_refused():
-    for wrong in (-1, 1.5, True):
-        with pytest.raises(ValueError, match=f"start_step={wrong} is out of range"):
+    for wrong in (-1, 1.5, True, np.array([1, 2])):
+        with pytest.raises(ValueError, match=re.escape(f"start_step={wrong!r} is out of range")):
             LookaheadCallback(start_step=wrong)

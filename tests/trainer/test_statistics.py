@@ -26,7 +26,7 @@ def test_statistics_can_move_as_weights_do(steps):
 def test_without_statistics_there_is_nothing_to_move():
     with pytest.raises(ValueError, match="buffers='sync' has nothing to do: Regression has no BatchNorm"):
         fit(LookaheadCallback(buffers="sync"))
-    with pytest.raises(ValueError, match="without a module"):
+    with pytest.raises(ValueError, match="no module was given"):
         SlowWeights(Problem().optimizer, buffers="sync")
 
 

@@ -162,7 +162,7 @@ class Progress(Callback):
 def quietly() -> None:
     """Nothing said of what is meant to be so."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    for text in ("num_workers", "LeafSpec", "not finite", "exists and is not empty", "multi-channel"):
+    for text in ("num_workers", "LeafSpec", "NaN or infinite", "exists and is not empty", "multi-channel"):
         warnings.filterwarnings("ignore", message=f".*{text}.*")
 
 
