@@ -58,9 +58,38 @@ def check_k(k: SupportsIndex, name: str = "k") -> int:
     return check_integer(k, name, 1, "the inner steps between two syncs")
 
 
-def check_alpha(alpha: float, name: str = "alpha") -> float:
-    """Return ``alpha`` as a float; raise unless it is a number in (0, 1]."""
-    return check_real(alpha, name, lambda a: 0 < a <= 1, "the slow weights step size must be a number in (0, 1]")
+def check_alpha(alpha: float, name: str = "alpha", *, momentum: float = 0.0, nesterov: bool = True) -> float:
+    """Return ``alpha`` as a float; raise unless it is in (0, 1], or with outer momentum in (0, `largest_alpha`)."""
+    if not momentum:
+        return check_real(alpha, name, lambda a: 0 < a <= 1, "the slow weights step size must be a number in (0, 1]")
+    most = largest_alpha(momentum, nesterov=nesterov)
+    what = (
+        f"with an outer momentum of {momentum}{' (Nesterov)' if nesterov else ''} the slow weights step size must be a"
+        f" number in (0, {most:.4g}), as from there on the outer loop diverges"
+    )
+    return check_real(alpha, name, lambda a: 0 < a < most, what)
+
+
+def largest_alpha(momentum: float, *, nesterov: bool) -> float:
+    """The alpha from which outer steps with momentum diverge on a quadratic whose optimum each inner loop reaches.
+
+    There s is the distance from phi to the optimum, and the outer loop is gradient descent with momentum on a curvature
+    of 1: it converges below ``2 (1 + mu)``, with Nesterov's momentum below ``2 (1 + mu) / (1 + 2 mu)``.
+    """
+    return 2 * (1 + momentum) / (1 + 2 * momentum if nesterov else 1)
+
+
+def check_momentum(momentum: float, name: str = "momentum") -> float:
+    """Return ``momentum`` as a float; raise unless it is a number in [0, 1)."""
+    return check_real(momentum, name, lambda mu: 0 <= mu < 1, "it must be a number in [0, 1)")
+
+
+def check_bool(value: bool, name: str) -> bool:  # noqa: FBT001
+    """Return ``value`` as a bool; raise unless it is one, Python's or NumPy's."""
+    if type(value).__name__ not in {"bool", "bool_"}:
+        message = f"{name}={value!r} is out of range: it must be True or False."
+        raise ValueError(message)
+    return bool(value)
 
 
 def check_choice(argument: str, value: object, choices: tuple[str, ...]) -> None:

@@ -124,6 +124,10 @@ EVERYTHING = {"pullback_momentum": "pullback", "buffers": "sync", "start_step": 
 FAST = {"pullback_momentum": "pullback", "buffers": "sync", "eval_weights": "fast", "alpha": Linear(0.4, 0.9, 2)}
 RESET = {"pullback_momentum": "reset", "slow_dtype": "float64", "start_step": 2, "k": Linear(2, 4, 2)}
 
+HEAVY_BALL = {"outer_nesterov": False}
+MOMENTUM = {"outer_momentum": 0.9, "alpha": 0.7}
+STATISTICS = {"buffers": "sync", "start_step": 2, "slow_dtype": "float64", "alpha": 1.1}
+
 CASES = {
     "SGD": Case(),
     "Adam": Case(optimizer="Adam"),
@@ -159,6 +163,22 @@ CASES = {
     "everything, by hand": Case(EVERYTHING, NormByHand),
     "fast, of all that moves": Case(FAST, Norm),
     "fast, by hand": Case(FAST, NormByHand),
+    "outer momentum, SGD": Case({"outer_momentum": 0.9, "alpha": 0.7}, inner_run=False),
+    "outer momentum, Adam": Case(
+        {"outer_momentum": 0.5, "alpha": 1.2, **HEAVY_BALL}, optimizer="Adam", inner_run=False
+    ),
+    "outer momentum, last cycle synced": Case({**MOMENTUM, "unfinished_cycle": "sync"}, inner_run=False),
+    "outer momentum, schedules": Case(
+        {**MOMENTUM, "k": Linear(2, 4, 2), "alpha": Linear(1.3, 0.4, 2)}, inner_run=False
+    ),
+    "outer momentum, groups": Case(MOMENTUM, Grouped, inner_run=False),
+    "outer momentum, players": Case(MOMENTUM, Players, inner_run=False),
+    "outer momentum, together": Case({**MOMENTUM, "sync_optimizers": "together"}, Players, inner_run=False),
+    "outer momentum, bfloat16": Case({**MOMENTUM, "eval_weights": "fast"}, Half, inner_run=False),
+    "outer momentum, on the CPU": Case({**MOMENTUM, "slow_device": "cpu", "nonfinite": "restore"}, inner_run=False),
+    "outer momentum, statistics": Case({**MOMENTUM, **STATISTICS}, Norm, inner_run=False),
+    "outer momentum, monitored": Case({**MOMENTUM, "monitor": InnerOuterMonitor(**MONITOR)}, inner_run=False),
+    "outer momentum, by hand": Case({**MOMENTUM, **RESET, "buffers": "sync"}, NormByHand, inner_run=False),
     "anew": Case(RESET, Norm, inner_run=False),
     "anew, by hand": Case(RESET, NormByHand, inner_run=False),
 }

@@ -27,7 +27,7 @@ def test_python_snippets_run_one_after_the_other(capsys):
     names = {"model": Classifier()}
     for snippet in blocks("python"):
         exec(compile(snippet, "README.md", "exec"), names)
-    assert len(blocks("python")) == 10
+    assert len(blocks("python")) == 11
     assert names["slow"].syncs == 2
     shown = capsys.readouterr().out
     assert "'accuracy'" in shown

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .tensors import copy_, interpolate_
+from .tensors import copy_, descend_, interpolate_
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -14,11 +14,17 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from .cpu_buckets import CpuBuckets
+    from .tensors import OuterMomentum
 
 
 @torch.no_grad()
 def outer_step(
-    fast: Collection[Tensor], slow: Collection[Tensor], alpha: float, *, buckets: CpuBuckets | None = None
+    fast: Collection[Tensor],
+    slow: Collection[Tensor],
+    alpha: float,
+    momentum: OuterMomentum | None = None,
+    *,
+    buckets: CpuBuckets | None = None,
 ) -> None:
     """Move the slow weights part of the way to the fast ones, and put the fast ones there.
 
@@ -27,19 +33,34 @@ def outer_step(
         phi   <- phi + alpha * (theta - phi)
         theta <- phi
 
-    The second line copies and never recomputes, so that theta and phi are equal bit for bit in every dtype. With an
-    alpha of 1 both are what theta was. No collective is issued, and nothing waits for the device.
+    With momentum, take a step of gradient descent instead whose gradient is ``s``, the way from theta to phi::
+
+        s     <- phi - theta
+        b     <- mu * b + s
+        phi   <- phi - alpha * (s + mu * b)    with Nesterov's momentum
+        phi   <- phi - alpha * b               without
+        theta <- phi
+
+    The last line copies and never recomputes, so that theta and phi are equal bit for bit in every dtype. Without
+    momentum and with an alpha of 1 both are what theta was. With momentum phi and b are equal, bit for bit, to the
+    parameter and the momentum buffer of `torch.optim.SGD` with the gradient ``s``, which is formed in phi's dtype. No
+    collective is issued, and nothing waits for the device.
 
     Args:
         fast: theta. Of a sharded tensor, this rank's piece.
         slow: phi: for each fast tensor one of its shape. Its dtype may be wider, and its device another.
-        alpha: Slow weights step size, in (0, 1].
-        buckets: ``fast`` and ``slow`` arranged for a CPU: equal values in fewer calls.
+        alpha: Slow weights step size: in (0, 1], or above 0 with momentum.
+        momentum: ``None``: Lookahead.
+        buckets: ``fast``, ``slow`` and ``momentum`` arranged for a CPU: equal values in fewer calls.
 
-    Source: Zhang, Lucas, Hinton, Ba 2019, Algorithm 1.
+    Source: Zhang, Lucas, Hinton, Ba 2019, Algorithm 1. With momentum: SNOO (arXiv 2510.15830), DiLoCo (arXiv
+    2311.08105).
     """
     if buckets is not None:
         buckets.outer_step(alpha)
-        return
-    interpolate_(slow, fast, alpha)
-    copy_(fast, slow)
+    elif momentum is None:
+        interpolate_(slow, fast, alpha)
+        copy_(fast, slow)
+    else:
+        descend_(slow, fast, momentum, alpha)
+        copy_(fast, slow)

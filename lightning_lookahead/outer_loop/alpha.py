@@ -39,7 +39,7 @@ class Alpha:
     def __init__(
         self, optimizer: Optimizer, settings: Settings, parameters: Parameters, loss: Loss | None, *, comes_later: bool
     ) -> None:
-        self._optimizer, self._parameters = optimizer, parameters
+        self._optimizer, self._parameters, self._check = optimizer, parameters, settings.check_alpha
         self.loss = TrainingLoss(loss) if loss is not None else None
         self.last: float | None = None
         alpha = settings.alpha
@@ -55,10 +55,10 @@ class Alpha:
             alpha.check(state_names(optimizer, group), optimizer)
 
     def of(self, cycle: Cycle) -> float:
-        """The step size of the sync that ends a cycle, in (0, 1]."""
+        """The step size of the sync that ends a cycle."""
         source, moving = cycle.step_size, cycle.moving
         if not isinstance(source, AdaptiveAlpha):
-            alpha = alpha_at(source, cycle.syncs)
+            alpha = alpha_at(source, cycle.syncs, self._check)
         elif not moving.fast or (source.needs_loss and self.loss is None):  # a resumed run has no loss yet
             alpha = source.alpha_low
         else:

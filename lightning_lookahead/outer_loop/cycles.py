@@ -7,7 +7,7 @@ import warnings
 from itertools import chain, repeat
 from typing import TYPE_CHECKING, Any
 
-from lightning_lookahead._arguments import check_alpha, check_k
+from lightning_lookahead._arguments import check_k
 
 from .cpu_buckets import CpuBuckets
 from .inner_steps import InnerSteps
@@ -21,8 +21,10 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.optim import Optimizer
 
+    from .outer_momentum import MomentumBuffers
     from .parameters import Parameters
     from .settings import Settings
+    from .tensors import OuterMomentum
     from .weight_pairs import WeightPairs
 
 
@@ -51,13 +53,17 @@ class Cycle:
         """Inner steps before the sync that ends the cycle."""
         return self.begins + k_at(self._k, self.syncs)
 
-    def split(self, idle: Collection[Tensor]) -> None:
+    def split(self, idle: Collection[Tensor], buffers: MomentumBuffers) -> None:
         """Set what the sync moves: all weights but the ``idle`` ones. Buckets are made anew only if tensors changed."""
         self.still = {p: phi for p, phi in self.weights.items() if p in idle} if idle else {}
         own = {p: phi for p, phi in self.weights.items() if p not in self.still} if self.still else self.weights
         fast, slow, known = list(own), list(own.values()), self.moving
-        if not (_same(known.fast, fast) and _same(known.slow, slow) and (known.buckets is None or known.buckets.fit)):
-            self.moving = Moving(fast, slow, CpuBuckets.arranged(fast, slow))
+        momentum = buffers.of(fast, slow)
+        same = _same([*known.fast, *known.slow], [*fast, *slow]) and _same(_b(known.outer_momentum), _b(momentum))
+        if not same or (known.buckets is not None and not known.buckets.fit):
+            if known.buckets is not None:
+                known.buckets.release()
+            self.moving = Moving(fast, slow, momentum, CpuBuckets.arranged(fast, slow, momentum))
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "moving": Moving([], []), "still": {}}
@@ -76,7 +82,7 @@ class Cycles:
 
     def __init__(self, optimizer: Optimizer, settings: Settings, parameters: Parameters) -> None:
         self._optimizer, self.steps = optimizer, InnerSteps(optimizer, parameters)
-        self._k, self._alpha, self._start = settings.k, settings.alpha, settings.start_step
+        self._settings, self._start = settings, settings.start_step
         self._by_settings: dict[tuple[Any, Any], Cycle] = {}
         self.update({})
 
@@ -95,13 +101,21 @@ class Cycles:
         known, self._by_settings = self._by_settings, {}
         groups: dict[Cycle, list[dict[str, Any]]] = {}
         for group in self._optimizer.param_groups:
-            k, alpha = settings = _settings(group)
-            cycle = known.get(settings) or Cycle(
-                self._k if k is None else k, self._alpha if alpha is None else alpha, self._now
+            k, alpha = own = self._own(group)
+            cycle = known.get(own) or Cycle(
+                self._settings.k if k is None else k, self._settings.alpha if alpha is None else alpha, self._now
             )
-            groups.setdefault(self._by_settings.setdefault(settings, cycle), []).append(group)
-        for cycle, own in groups.items():
-            cycle.weights = weights if len(groups) == 1 else _those_of(own, weights)
+            groups.setdefault(self._by_settings.setdefault(own, cycle), []).append(group)
+        for cycle, members in groups.items():
+            cycle.weights = weights if len(groups) == 1 else _those_of(members, weights)
+
+    def _own(self, group: dict[str, Any]) -> tuple[int | None, float | None]:
+        """A group's own k and alpha, which are numbers: they are saved with the optimizer."""
+        k, alpha = group.get("lookahead_k"), group.get("lookahead_alpha")
+        return (
+            None if k is None else check_k(k, "lookahead_k"),
+            None if alpha is None else self._settings.check_alpha(alpha, "lookahead_alpha"),
+        )
 
     @property
     def _now(self) -> int:
@@ -130,8 +144,10 @@ class Cycles:
         pairs.track_replaced()
         self.update(pairs.counterparts)
         found = self.begun() if unfinished else self.ended() or list(self)
-        for cycle in found:  # of a cycle without a step nothing can be said of gradients
-            cycle.split(pairs.idle if self.since(cycle) else ())
+        for cycle in found:
+            # Of a cycle without a step nothing can be said of gradients, but momentum does not move what is frozen.
+            frozen = {p: None for p in pairs.idle if not p.requires_grad} if self._settings.outer_momentum else {}
+            cycle.split(pairs.idle if self.since(cycle) else frozen, pairs.outer_momentum)
         return found
 
     @property
@@ -168,17 +184,12 @@ def _those_of(groups: list[dict[str, Any]], weights: dict[Tensor, Tensor]) -> di
     return {parameter: phi for parameter, phi in weights.items() if parameter in own}
 
 
+def _b(momentum: OuterMomentum | None) -> list[Tensor]:
+    return momentum.b if momentum else []
+
+
 def _same(left: list[Tensor], right: list[Tensor]) -> bool:
     return len(left) == len(right) and all(map(operator.is_, left, right))
-
-
-def _settings(group: dict[str, Any]) -> tuple[int | None, float | None]:
-    """A group's own k and alpha, which are numbers: they are saved with the optimizer."""
-    k, alpha = group.get("lookahead_k"), group.get("lookahead_alpha")
-    return (
-        None if k is None else check_k(k, "lookahead_k"),
-        None if alpha is None else check_alpha(alpha, "lookahead_alpha"),
-    )
 
 
 class KeptSettings:

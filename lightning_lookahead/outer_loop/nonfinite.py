@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from .momentum import Momentum
     from .parameters import Parameters
     from .settings import Nonfinite
-    from .weight_pairs import Moving
+    from .weight_pairs import Moving, WeightPairs
 
 
 def all_finite(moving: Moving, nonfinite: Nonfinite, parameters: Parameters) -> bool:
@@ -46,8 +46,9 @@ def all_finite(moving: Moving, nonfinite: Nonfinite, parameters: Parameters) -> 
     return False
 
 
-def restore(moving: Moving, momentum: Momentum, statistics: SlowStatistics) -> None:
-    """Put weights and statistics back to where the last sync left them; reset the inner optimizer's state."""
+def restore(moving: Moving, pairs: WeightPairs, momentum: Momentum, statistics: SlowStatistics) -> None:
+    """Put weights and statistics back to where the last sync left them; reset the inner and the outer momentum."""
     copy_(moving.fast, moving.slow)
+    pairs.outer_momentum.forget(moving.fast)
     momentum.forget(moving.fast)  # its moments may be NaN or infinite, too
     statistics.restore()

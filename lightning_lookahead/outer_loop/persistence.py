@@ -12,7 +12,7 @@ import torch
 
 from . import saved_format
 from .names import names_in
-from .saved_format import OTHER, Weights, joined, slow_dtype, without_words, word_key, words
+from .saved_format import OTHER, OUTER_MOMENTUM, Weights, joined, slow_dtype, without_words, word_key, words
 from .settings import dtype_of
 from .sharding import named_shards, pieces
 from .tensors import checksum, copies, copy_, equal, local
@@ -72,8 +72,9 @@ class Pending:
 
     @property
     def parameters(self) -> dict[Tensor, None]:
-        """The parameters that have a value in ``weights``, in order."""
-        return dict.fromkeys(parameter for values in self.weights.values() for parameter in values)
+        """The parameters that have a weight or outer momentum here, in order."""
+        own = [*self.weights.values(), self.momentum.get(OUTER_MOMENTUM, {})]
+        return dict.fromkeys(parameter for values in own for parameter in values)
 
     @property
     def fits(self) -> bool:
@@ -158,6 +159,7 @@ class Persistence:
                 name: {p: momentum.get(name, {}).get(p, torch.zeros_like(p)) for p in self.pairs.counterparts}
                 for name in self.momentum.names
             }
+        momentum.update(self.pairs.outer_momentum.saved(self.pairs.counterparts, lean=lean))
         state = self.counters()
         if self.parameters.sharded:
             entries = {"weights": weights, "momentum": momentum}
@@ -204,7 +206,8 @@ class Persistence:
                 found[word_key(entry, index)] = named_shards(self._module, level, whole=whole)
         if not whole:
             return found
-        dtypes = {name: slow_dtype(word.dtype, self.pairs.dtype) for name, word in found.get("slow", {}).items()}
+        words_of = {**found.get("slow", {}), **found.get(OUTER_MOMENTUM, {})}
+        dtypes = {name: slow_dtype(word.dtype, self.pairs.dtype) for name, word in words_of.items()}
         return without_words(found, dtypes)
 
     @property
@@ -295,7 +298,9 @@ class Persistence:
             pending.weights[entry] = self._pieces(levels, base)
         for entry, levels in _by_level(state.get("momentum", {})):
             zeros = {p: torch.zeros_like(local([p])[0]) for p in self._pieces_in(levels)}
-            base = {p: zero.to(slow_dtype(p.dtype, None)) if len(levels) > 1 else zero for p, zero in zeros.items()}
+            wide = {p: slow_dtype(p.dtype, chosen if entry == OUTER_MOMENTUM else None) for p in zeros}
+            is_wide = entry == OUTER_MOMENTUM or len(levels) > 1
+            base = {p: zero.to(wide[p]) if is_wide else zero for p, zero in zeros.items()}
             pending.momentum[entry] = self._pieces(levels, base)
         return pending
 
@@ -376,10 +381,12 @@ class Persistence:
         self.pairs.start()
         self.pairs.two_sets = pending.two_sets
         counterparts = self.pairs.counterparts
-        if pending.idle is not None:
-            self.pairs.idle = dict.fromkeys(p for p in pending.idle if p in counterparts)
+        idle = counterparts if pending.idle is None else pending.idle
+        self.pairs.idle = dict.fromkeys(p for p in idle if p in counterparts)
         self.momentum.restore(pending.momentum)
+        self.pairs.outer_momentum.restore(pending.momentum, counterparts if pending.two_sets else {})
         pending.left_out = changed = pending.unlike()
+        self.pairs.outer_momentum.forget(changed)
         if changed:
             message = (
                 f"Lookahead: {len(changed)} of {len(pending.parameters)} parameters do not have the values that the"

@@ -14,7 +14,7 @@ The state of one outer loop, what `SlowWeights.state_dict` returns:
 ``weights``          set -> parameter name -> tensor, of the set that is not ``saved_with``; and slow weights that the
                      model's ``state_dict`` cannot hold without rounding
 ``momentum``         the inner momentum after the last sync (``pullback_momentum="pullback"``): entry of the optimizer's
-                     state -> parameter name -> tensor
+                     state -> parameter name -> tensor; `OUTER_MOMENTUM` -> parameter name -> b, in phi's dtype
 ``statistics``       set -> buffer name -> tensor, of the set that is not ``saved_with`` (``buffers="sync"``)
 ``checksums``        set -> parameter name -> CRC-32 of the values in the model's ``state_dict`` and in ``weights``;
                      empty if the weights are sharded
@@ -57,6 +57,9 @@ SHARDS = "lookahead"
 TENSORS = ("weights", "momentum", "statistics")
 """Keys of a state with tensors: each is a dict of dicts of tensors."""
 
+OUTER_MOMENTUM = "outer"
+"""Key of b in the ``momentum`` of a state, beside the entries of the inner optimizer."""
+
 GROUP_SETTINGS = ("lookahead_k", "lookahead_alpha")
 """Keys that a param group may have."""
 
@@ -90,7 +93,7 @@ def without_words(entries: Mapping[str, Mapping[str, Tensor]], dtypes: Mapping[s
             parts = [value]
             while name in entries.get(word_key(key, len(parts)), {}):
                 parts.append(entries[word_key(key, len(parts))][name])
-            dtype = dtypes.get(name, value.dtype) if key == "slow" else value.dtype
+            dtype = dtypes.get(name, value.dtype) if key in {"slow", OUTER_MOMENTUM} else value.dtype
             whole.setdefault(key, {})[name] = joined(parts, dtype)
     return whole
 

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from numbers import Real
 
-from lightning_lookahead._arguments import check_alpha, check_integer, check_k, check_real
+from lightning_lookahead._arguments import check_integer, check_k, check_real
 
 from .adaptive import AdaptiveAlpha
 
@@ -78,12 +78,12 @@ class Cosine(Schedule):
         return (1 - math.cos(math.pi * part)) / 2
 
 
-def check_step_size(alpha: StepSize) -> StepSize:
-    """Return ``alpha``; raise unless it is a number in (0, 1] or a function that begins with one."""
+def check_step_size(alpha: StepSize, check: Callable[[float, str], float]) -> StepSize:
+    """Return ``alpha``; raise unless ``check`` accepts it, or its value at the first sync."""
     if isinstance(alpha, AdaptiveAlpha):
         return alpha
-    alpha_at(alpha, 0)
-    return alpha if callable(alpha) else float(alpha)
+    first = alpha_at(alpha, 0, check)
+    return alpha if callable(alpha) else first
 
 
 def check_cycle_length(k: CycleLength) -> CycleLength:
@@ -94,9 +94,9 @@ def check_cycle_length(k: CycleLength) -> CycleLength:
     return check_k(k)
 
 
-def alpha_at(alpha: float | Callable[[int], float], sync: int) -> float:
-    """The step size for a sync; raises if it is out of range."""
-    return check_alpha(alpha(sync), f"alpha at sync {sync}") if callable(alpha) else check_alpha(alpha)
+def alpha_at(alpha: float | Callable[[int], float], sync: int, check: Callable[[float, str], float]) -> float:
+    """The step size for a sync; ``check`` raises if it is out of range."""
+    return check(alpha(sync), f"alpha at sync {sync}") if callable(alpha) else check(alpha, "alpha")
 
 
 def k_at(k: CycleLength, sync: int) -> int:

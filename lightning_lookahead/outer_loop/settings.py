@@ -8,8 +8,16 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 
-from lightning_lookahead._arguments import PullbackMomentum, check_choice, check_integer
+from lightning_lookahead._arguments import (
+    PullbackMomentum,
+    check_alpha,
+    check_bool,
+    check_choice,
+    check_integer,
+    check_momentum,
+)
 
+from .adaptive import AdaptiveAlpha
 from .schedules import CycleLength, StepSize, check_cycle_length, check_step_size, describe
 
 if TYPE_CHECKING:
@@ -41,11 +49,20 @@ class Settings:
     slow_dtype: str | None = None
     slow_device: str | None = field(default=None, metadata=_NOT_SAVED)
     buffers: Buffers = "keep"
+    outer_momentum: float = 0.0
+    outer_nesterov: bool = True
+
+    @classmethod
+    def among(cls, arguments: Mapping[str, Any]) -> Settings:
+        """The options among the arguments of a function: each has the name of its field."""
+        return cls(**{f.name: arguments[f.name] for f in fields(cls)})
 
     def __post_init__(self) -> None:
         checked = {
+            "outer_momentum": check_momentum(self.outer_momentum, "outer_momentum"),
+            "outer_nesterov": check_bool(self.outer_nesterov, "outer_nesterov"),
             "k": check_cycle_length(self.k),
-            "alpha": check_step_size(self.alpha),
+            "alpha": check_step_size(self.alpha, self.check_alpha),
             "start_step": check_integer(self.start_step, "start_step", 0),
         }
         for name, value in checked.items():  # NumPy's numbers are Python's now: files hold them
@@ -55,20 +72,58 @@ class Settings:
         check_choice("buffers", self.buffers, get_args(Buffers))
         dtype_of(self.slow_dtype)
         device_of(self.slow_device)
+        if self.outer_momentum:
+            self._check_momentum()
+
+    def _check_momentum(self) -> None:
+        """Raise if an option does not work with outer momentum."""
+        if isinstance(self.alpha, AdaptiveAlpha):
+            option, reason = (
+                f"alpha={self.alpha}",
+                "it estimates the best point between phi and theta, and momentum ends",
+            )
+            reason += " elsewhere. Give a number or a schedule"
+        elif self.pullback_momentum == "pullback":
+            option, reason = (
+                "pullback_momentum='pullback'",
+                "it moves the inner momentum a part alpha of the way, and the",
+            )
+            reason += " weights go another distance. Give 'none' or 'reset'"
+        else:
+            return
+        message = f"{option} does not work with outer_momentum={self.outer_momentum}: {reason}."
+        raise ValueError(message)
+
+    @property
+    def takes_theta(self) -> bool:
+        """Whether a sync lets phi be theta."""
+        return self.alpha == 1 and not self.outer_momentum
+
+    def check_alpha(self, alpha: float, name: str = "alpha") -> float:
+        """Return ``alpha`` as a float; raise unless it is in (0, 1], or with outer momentum in its range."""
+        return check_alpha(alpha, name, momentum=self.outer_momentum, nesterov=self.outer_nesterov)
 
     def saved(self) -> dict[str, Any]:
-        """The options that a checkpoint holds, as numbers and strings."""
+        """The options that a checkpoint holds, as numbers and strings; without outer momentum nothing of it."""
+        left_out = set() if self.outer_momentum else {"outer_momentum", "outer_nesterov"}
         named = {f.name: getattr(self, f.name) for f in fields(self) if f.metadata.get("saved", True)}
-        return {name: describe(value) if name in {"k", "alpha"} else value for name, value in named.items()}
+        return {
+            name: describe(value) if name in {"k", "alpha"} else value
+            for name, value in named.items()
+            if name not in left_out
+        }
 
 
 def warn_of_differences(saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
     """Warn once if a run resumes with settings that differ from the saved ones; unsaved ones are passed over."""
+    before, now = ({"outer_momentum": 0.0, **settings} for settings in (saved, own))
     changed = [
-        f"{name} was {saved[name]!r} and is {value!r}" for name, value in own.items() if saved.get(name, value) != value
+        f"{name} was {before[name]!r} and is {now[name]!r}" for name in now if before.get(name, now[name]) != now[name]
     ]
     if changed:
         message = f"The Lookahead checkpoint has other settings: {'; '.join(changed)}. This run's own are used."
+        if now["outer_momentum"] and not before["outer_momentum"]:
+            message += " The outer momentum starts at zero."
         warnings.warn(message, stacklevel=3)
 
 

@@ -46,7 +46,8 @@ class SlowWeights:
         k: Inner steps from one sync to the next; at least 1. Or a function of the number of syncs done, `Linear`, say.
             A group's own ``"lookahead_k"`` goes before it.
         alpha: Slow weights step size, in (0, 1]; 1 leaves the inner optimizer as it is. Or a function as for ``k``, or
-            an `AdaptiveAlpha`. A group's own ``"lookahead_alpha"`` goes before it.
+            an `AdaptiveAlpha`. A group's own ``"lookahead_alpha"`` goes before it. With ``outer_momentum`` it may be
+            above 1, below ``2 (1 + m) / (1 + 2 m)`` for Nesterov's momentum m.
         module: The module that the parameters belong to, as FSDP or a `Fabric` returned it: it gives them their names.
             Needed if they are sharded.
         sync_in_step: Sync at the end of the k-th ``optimizer.step()``. ``False``: the caller syncs when it is `due`.
@@ -57,6 +58,8 @@ class SlowWeights:
         shared: Parameters that another optimizer moves, too.
         pullback_momentum: What a sync does to the optimizer's state: ``"none"`` leaves it alone, ``"pullback"`` moves
             its momentum as the weights, ``"reset"`` makes it that of a new optimizer.
+        outer_momentum: mu of the outer step, in [0, 1); 0 is Lookahead. It costs one more slow tensor per parameter.
+        outer_nesterov: Whether the outer momentum is Nesterov's; without outer momentum it is not used.
         nonfinite: What a sync does if a fast weight is NaN or infinite: ``"raise"``, with phi as it was; ``"skip"``
             this sync; ``"restore"`` theta to phi, with the state of a new optimizer.
         slow_dtype: Floating-point type of the slow weights; by default the parameters', but at least float32.
@@ -83,7 +86,7 @@ class SlowWeights:
         >>> weight.item(), slow.syncs
         (0.625, 1)
 
-    Source: Zhang, Lucas, Hinton, Ba 2019, Algorithm 1.
+    Source: Zhang, Lucas, Hinton, Ba 2019, Algorithm 1. With outer momentum: SNOO (arXiv 2510.15830).
     """
 
     def __init__(
@@ -99,6 +102,8 @@ class SlowWeights:
         exclude: Iterable[Tensor] = (),
         shared: Iterable[Tensor] = (),
         pullback_momentum: PullbackMomentum = "none",
+        outer_momentum: float = 0.0,
+        outer_nesterov: bool = True,
         nonfinite: Nonfinite = "raise",
         slow_dtype: str | None = None,
         slow_device: str | None = None,
@@ -107,11 +112,8 @@ class SlowWeights:
         measure_distance: bool = False,
     ) -> None:
         check_optimizer(optimizer)
-        self.settings = settings = Settings(
-            k, alpha, start_step, pullback_momentum, nonfinite, slow_dtype, slow_device, buffers
-        )
-        self.optimizer = optimizer
-        self._measure_distance = measure_distance
+        self.settings = settings = Settings.among(locals())
+        self.optimizer, self._measure_distance = optimizer, measure_distance
         self.last_distance: Tensor | None = None
         self.parameters = Parameters(optimizer, module)
         self.pairs = WeightPairs(optimizer, settings, exclude, shared)
@@ -210,15 +212,14 @@ class SlowWeights:
         return bool(self.cycles.ended())
 
     def sync(self, *, unfinished: bool = False) -> None:
-        """Do the outer step now: ``phi <- phi + alpha * (theta - phi)``, then ``theta <- phi``; starts a new cycle.
+        """Do the outer step now, ``phi <- phi + alpha * (theta - phi)``, ``theta <- phi``, and start a new cycle.
 
         If groups have cycles of their own, the ended ones are synced, or all if none has ended; with ``unfinished``
         those with an inner step, as at the end of training. A parameter without a gradient in this optimizer's steps
         since its last sync keeps its value, and phi takes it.
 
         Raises:
-            RuntimeError: If the parameters hold the slow weights, or, with ``nonfinite="raise"``, if a fast weight is
-                NaN or infinite.
+            RuntimeError: If the parameters hold the slow weights; if ``nonfinite="raise"`` finds a NaN or infinity.
         """
         if self.active == "slow":
             message = "sync() was called while the parameters hold the slow weights: leave use('slow') first."
@@ -229,17 +230,17 @@ class SlowWeights:
         finite = [all_finite(cycle.moving, nonfinite, self.parameters) for cycle in due]
         if self._measure_distance:
             self.last_distance = self.pairs.distance()
-        for cycle, is_finite in zip(due, finite, strict=True):
-            if is_finite:
-                alpha = self.alpha.of(cycle)
+        alphas = [self.alpha.of(cycle) if is_finite else None for cycle, is_finite in zip(due, finite, strict=True)]
+        for cycle, alpha in zip(due, alphas, strict=True):
+            if alpha is not None:
                 with self.pairs.at_hand(cycle.moving) as moving:
-                    outer_step(moving.fast, moving.slow, alpha, buckets=moving.buckets)
+                    outer_step(moving.fast, moving.slow, alpha, moving.outer_momentum, buckets=moving.buckets)
                 self._momentum.after_sync(cycle.moving.fast, alpha)
                 if cycle is self.cycles.first:
-                    self.statistics.sync(alpha)
+                    self.statistics.sync(min(alpha, 1.0))  # further than the fast ones a variance may be negative
                 cycle.syncs += 1
             elif nonfinite == "restore":
-                restore(cycle.moving, self._momentum, self.statistics)
+                restore(cycle.moving, self.pairs, self._momentum, self.statistics)
             self.pairs.end_cycle(cycle.weights, cycle.still)
             self.cycles.begin_next(cycle)
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import cmath
 import zlib
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch.distributed.tensor import DTensor
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable
+    from collections.abc import Collection, Iterable, Iterator
 
     from torch import Tensor
 
@@ -65,6 +66,62 @@ def interpolate_(slow: Collection[Tensor], fast: Collection[Tensor], alpha: floa
     for phi, theta in pairs if len(alike) < len(pairs) else ():
         if phi.dtype != theta.dtype or phi.device != theta.device:
             phi.lerp_(theta.to(phi), alpha)  # one tensor more at a time
+
+
+@dataclass
+class OuterMomentum:
+    """Momentum of slow weights.
+
+    Attributes:
+        b: For each slow tensor one like it: the momentum, zero at the start.
+        mu: The part of b that is left at the next outer step, in (0, 1).
+        nesterov: Whether it is Nesterov's momentum.
+    """
+
+    b: list[Tensor]
+    mu: float
+    nesterov: bool
+
+
+@torch.no_grad()
+def descend_(slow: Collection[Tensor], fast: Collection[Tensor], momentum: OuterMomentum, alpha: float) -> None:
+    """A step of `torch.optim.SGD` on ``slow`` with the gradient ``slow - fast``, formed in the dtype of ``slow``."""
+    for phi, theta, b in _in_portions(local(slow), local(fast), local(momentum.b)):
+        s = [one - other.to(one) for one, other in zip(phi, theta, strict=True)]
+        sgd_step_(phi, s, b, momentum, alpha)
+
+
+def sgd_step_(phi: list[Tensor], s: list[Tensor], b: list[Tensor], momentum: OuterMomentum, alpha: float) -> None:
+    """A step of `torch.optim.SGD` with the gradient ``s``, by its operations in their order; overwrites ``s``."""
+    if not phi[0].is_cpu:
+        torch._foreach_mul_(b, momentum.mu)
+        torch._foreach_add_(b, s)
+        if momentum.nesterov:
+            torch._foreach_add_(s, b, alpha=momentum.mu)
+        torch._foreach_add_(phi, s if momentum.nesterov else b, alpha=-alpha)
+        return
+    # On a CPU one by one, as there: foreach would round mu to a half precision before it multiplies.
+    for slow, way, moved in zip(phi, s, b, strict=True):
+        moved.mul_(momentum.mu).add_(way)
+        slow.add_(way.add_(moved, alpha=momentum.mu) if momentum.nesterov else moved, alpha=-alpha)
+
+
+def _in_portions(*lists: Collection[Tensor]) -> Iterator[tuple[list[Tensor], ...]]:
+    """Equally long lists in portions of at most `PORTION` values, or of one tensor."""
+    portion: list[tuple[Tensor, ...]] = []
+    size = 0
+    for row in zip(*lists, strict=True):
+        size += row[0].numel()
+        if portion and size > PORTION:
+            yield tuple(map(list, zip(*portion, strict=True)))
+            portion, size = [], row[0].numel()
+        portion.append(row)
+    if portion:
+        yield tuple(map(list, zip(*portion, strict=True)))
+
+
+PORTION = 2**24
+"""Values of a temporary copy: little beside the weights of a large model."""
 
 
 @torch.no_grad()

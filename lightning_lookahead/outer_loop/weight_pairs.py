@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import operator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 
 from .offload import Offload
+from .outer_momentum import MomentumBuffers
 from .parameters import parameters_of
 from .saved_format import OTHER, check_weights, slow_dtype
 from .settings import device_of, dtype_of
@@ -24,14 +25,16 @@ if TYPE_CHECKING:
     from .cpu_buckets import CpuBuckets
     from .saved_format import Weights
     from .settings import Settings
+    from .tensors import OuterMomentum
 
 
 @dataclass
 class Moving:
-    """The weights that a sync moves: fast ones, a slow one for each, and both arranged for a CPU."""
+    """The weights that a sync moves: fast ones, for each a slow one and its momentum, and all arranged for a CPU."""
 
     fast: list[Tensor]
     slow: list[Tensor]
+    outer_momentum: OuterMomentum | None = None
     buckets: CpuBuckets | None = None
 
     def not_finite(self) -> list[int]:
@@ -57,6 +60,7 @@ class WeightPairs:
 
     Attributes:
         active: The set that the parameters hold.
+        outer_momentum: The momentum of the slow weights, which goes where they go.
         dtype: ``slow_dtype`` as a torch dtype.
         two_sets: Whether there are two sets: before the first cycle there is one.
         idle: Trained parameters without a gradient in the optimizer's steps since their last sync.
@@ -67,13 +71,14 @@ class WeightPairs:
     ) -> None:
         self._counterparts: dict[Tensor, Tensor] = {}
         self._offload = Offload()
+        self.outer_momentum = MomentumBuffers(settings)
         self.active: Weights = "fast"
         self._aside: dict[Tensor, Tensor] = {}  # fast weights of parameters that are apart and hold the slow ones
         self._two: set[Tensor] = set()  # parameters whose sets differ right after a sync
         self._optimizer = optimizer
         self._exclude = set(exclude)
-        # With an alpha of 1 a sync copies theta to phi, so that a move by another optimizer belongs to both sets.
-        self._shared = set() if settings.alpha == 1 else set(shared)
+        # Where a sync copies theta to phi, a move by another optimizer belongs to both sets.
+        self._shared = set() if settings.takes_theta else set(shared)
         self.dtype, self._device = dtype_of(settings.slow_dtype), device_of(settings.slow_device)
         self._listed: list[Tensor] = []
         self.two_sets = False
@@ -103,6 +108,7 @@ class WeightPairs:
         self.idle = dict.fromkeys(
             parameter for parameter in trained if parameter in self.idle or parameter not in known
         )
+        self.outer_momentum.keep(self._counterparts)
 
     def track_new(self) -> bool:
         """Take in parameters that were added or unfrozen; return whether there are any. Trained ones cost nothing."""
@@ -147,33 +153,37 @@ class WeightPairs:
         if self._device is None and any(p.device != other.device for p, other in self.counterparts.items()):
             self._counterparts = {p: other.to(p.device) for p, other in self.counterparts.items()}
             self._aside = {p: fast.to(p.device) for p, fast in self._aside.items()}
+            self.outer_momentum.follow(self._counterparts)
 
     def prepare(self) -> None:
         """Begin to copy offloaded slow weights to the GPU: a sync comes after the next step."""
-        self._offload.fetch(self._offloaded(self._counterparts.items()))
+        self._offload.fetch(self._offloaded([*self._counterparts.items(), *self.outer_momentum.b.items()]))
 
     @contextmanager
     def at_hand(self, moving: Moving) -> Iterator[Moving]:
         """Let offloaded slow weights be on their fast weights' device inside the ``with`` block."""
-        offloaded = self._offloaded(zip(moving.fast, moving.slow, strict=True))
-        if not offloaded:
+        momentum = moving.outer_momentum
+        kept = [*zip(moving.fast, moving.slow, strict=True)]
+        kept += zip(moving.fast, momentum.b, strict=True) if momentum else ()
+        taken = self._offload.take(self._offloaded(kept))
+        if not taken:
             yield moving
             return
-        beside = self._offload.take(offloaded)
-        slow = [beside.get(theta, phi) for theta, phi in zip(moving.fast, moving.slow, strict=True)]
-        yield Moving(moving.fast, slow)
-        self._offload.store(offloaded, beside)
+        beside = replace(momentum, b=[taken.get(b, b) for b in momentum.b]) if momentum else None
+        yield Moving(moving.fast, [taken.get(phi, phi) for phi in moving.slow], beside)
+        self._offload.store(taken)
 
-    def _offloaded(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> dict[Tensor, Tensor]:
+    def _offloaded(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
         if self._device is None:
-            return {}
-        return {theta: phi for theta, phi in pairs if theta.is_cuda and not phi.is_cuda}
+            return []
+        return [(theta, kept) for theta, kept in pairs if theta.is_cuda and not kept.is_cuda]
 
     # -- either set
 
     def start(self) -> None:
-        """Let phi be theta."""
+        """Let phi be theta, without momentum."""
         self._offload.forget()
+        self.outer_momentum.b = {}
         copy_(self.counterparts.values(), self.counterparts)
 
     def end_swap(self) -> None:
@@ -242,9 +252,11 @@ class WeightPairs:
     def end_cycle(self, weights: dict[Tensor, Tensor], still: dict[Tensor, Tensor]) -> None:
         """After a sync: no parameter of ``weights`` has had a gradient in the next cycle.
 
-        No step has moved the ``still`` ones: what they hold was written from outside, and belongs to both sets.
+        No step has moved the ``still`` ones: what they hold was written from outside, and belongs to both sets. Those
+        that are frozen lose their momentum.
         """
         copy_(still.values(), still)
+        self.outer_momentum.forget(parameter for parameter in still if not parameter.requires_grad)
         self.idle.update(dict.fromkeys(weights))
 
     def distance(self) -> Tensor:

@@ -12,11 +12,6 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
 
 
-def check_momentum(momentum: float) -> float:
-    """Return ``momentum`` as a float; raise unless it is a number in [0, 1)."""
-    return check_real(momentum, "momentum", lambda m: 0 <= m < 1, "it must be a number in [0, 1)")
-
-
 def check_positive(value: float, name: str) -> float:
     """Return ``value`` as a float; raise unless it is a finite number above 0."""
     return check_real(value, name, lambda v: 0 < v < float("inf"), "it must be a finite number above 0")

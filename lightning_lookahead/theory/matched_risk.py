@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, NamedTuple, SupportsIndex
+from typing import TYPE_CHECKING, Any, NamedTuple, SupportsIndex
 
 import numpy as np
 
-from lightning_lookahead._arguments import check_alpha, check_integer, check_k
+from lightning_lookahead._arguments import check_alpha, check_integer, check_k, check_momentum, largest_alpha
 
 from ._checks import check_curvature, check_positive, check_variance
 from ._search import lowest
@@ -36,7 +36,14 @@ class Comparison(NamedTuple):
 
 
 def matched_learning_rate(
-    risk: float, *, curvature: ArrayLike, noise_variance: ArrayLike, k: SupportsIndex = 1, alpha: float = 1.0
+    risk: float,
+    *,
+    curvature: ArrayLike,
+    noise_variance: ArrayLike,
+    k: SupportsIndex = 1,
+    alpha: float = 1.0,
+    momentum: float = 0.0,
+    nesterov: bool = True,
 ) -> float:
     """The learning rate with which Lookahead around SGD settles at a risk; with ``k=1, alpha=1`` SGD itself.
 
@@ -48,10 +55,12 @@ def matched_learning_rate(
         curvature: ``a``, of shape (d,), at least 0; or a number.
         noise_variance: ``s2``, of shape (d,), at least 0; or a number.
         k: Inner steps between two syncs; at least 1.
-        alpha: Slow weights step size, in (0, 1].
+        alpha: Slow weights step size, in (0, 1]; with momentum above 1, too.
+        momentum: Outer momentum mu, in [0, 1); 0 is Lookahead.
+        nesterov: Whether it is Nesterov's.
 
     Returns:
-        A learning rate in (0, 2 / max(curvature)).
+        A learning rate with which SGD and the outer loop converge: in (0, 2 / max(curvature)) without momentum.
 
     Raises:
         ValueError: If an argument is out of range, shapes do not match, or no learning rate with which SGD converges
@@ -66,17 +75,18 @@ def matched_learning_rate(
 
     Source: Zhang, Lucas, Hinton, Ba 2019, noisy quadratic model.
     """
-    risk, k, alpha = check_positive(risk, "risk"), check_k(k), check_alpha(alpha)
-    a = check_curvature(curvature)
-    noise = check_variance(noise_variance, "noise_variance", a)
-    most = _risk(_largest(a), a, noise, k, alpha)
+    risk = check_positive(risk, "risk")
+    alpha = check_alpha(alpha, momentum=check_momentum(momentum), nesterov=nesterov)
+    problem = _Problem(curvature, noise_variance, check_k(k), momentum, nesterov)
+    end = problem.largest(alpha)
+    most = problem.risk(end, alpha)
     if risk > most:
         message = (
-            f"risk={risk!r} cannot be reached with k={k} and alpha={alpha}: learning rates in (0, 2 / max(curvature))"
-            f" give less than {most:.6g}."
+            f"risk={risk!r} cannot be reached with k={k}, alpha={alpha} and momentum={momentum}: learning rates in"
+            f" (0, {end:.6g}) give less than {most:.6g}."
         )
         raise ValueError(message)
-    return _bisect(risk, a, noise, k, alpha)
+    return problem.learning_rate(risk, alpha)
 
 
 def compare_at_risk(
@@ -87,6 +97,8 @@ def compare_at_risk(
     initial_mean: ArrayLike,
     k: SupportsIndex,
     steps: SupportsIndex,
+    momentum: float = 0.0,
+    nesterov: bool = True,
 ) -> Comparison:
     """SGD, and Lookahead with the alpha that leads to the lowest excess loss, both with the same steady-state risk.
 
@@ -100,6 +112,8 @@ def compare_at_risk(
         initial_mean: Where the weights start, of shape (d,); or a number.
         k: Inner steps between two syncs; at least 1.
         steps: Inner steps after which the loss is looked at; a multiple of ``k``, at least 0.
+        momentum: Outer momentum mu, in [0, 1); 0 is Lookahead.
+        nesterov: Whether it is Nesterov's.
 
     Raises:
         ValueError: If an argument is out of range, shapes do not match, or the risk cannot be reached.
@@ -117,46 +131,65 @@ def compare_at_risk(
     if check_integer(steps, "steps", 0, "the inner steps") % k:
         message = f"steps={steps!r} is out of range: with k={k} it must be a multiple of {k}, for phi to be looked at."
         raise ValueError(message)
-    a = check_curvature(curvature)
-    noise = check_variance(noise_variance, "noise_variance", a)
-
-    def setting(learning_rate: float, alpha: float, k: int) -> Setting:
-        mean, variance = lookahead_trajectory(
-            learning_rate=learning_rate,
-            curvature=a,
-            noise_variance=noise,
-            k=k,
-            alpha=alpha,
-            syncs=int(steps) // k,
-            initial_mean=initial_mean,
-        )
-        return Setting(learning_rate, alpha, float(excess_loss(mean[-1], variance[-1], curvature=a)))
+    lookahead = _Problem(curvature, noise_variance, k, momentum, nesterov)
+    alone = _Problem(curvature, noise_variance, 1)
+    whole = int(steps)
 
     def loss(alpha: float) -> float:
-        if risk > _risk(_largest(a), a, noise, k, alpha):
+        if risk > lookahead.risk(lookahead.largest(alpha), alpha):
             return math.inf
-        return setting(_bisect(risk, a, noise, k, alpha), alpha, k).excess_loss
+        return lookahead.setting(risk, alpha, initial_mean, whole).excess_loss
 
     def losses(exponents: NDArray[np.float64]) -> NDArray[np.float64]:
         return np.array([loss(alpha) for alpha in 10.0**exponents])
 
-    sgd = setting(matched_learning_rate(risk, curvature=a, noise_variance=noise), 1.0, 1)
+    matched_learning_rate(risk, curvature=curvature, noise_variance=noise_variance)  # raises if SGD cannot reach it
     best = 10.0 ** lowest(losses, math.log10(_LEAST_ALPHA), 0.0, _ALPHAS)
-    return Comparison(sgd, setting(_bisect(risk, a, noise, k, best), best, k))
+    return Comparison(alone.setting(risk, 1.0, initial_mean, whole), lookahead.setting(risk, best, initial_mean, whole))
 
 
-def _largest(a: NDArray[np.float64]) -> float:
-    """The end of the interval of learning rates, less a bit: at the end itself variances may be infinite."""
-    return float(2 / a.max() * (1 - 1e-12))
+class _Problem:
+    """A quadratic, and an outer loop but for its alpha: risk by learning rate, and learning rate by risk."""
 
+    def __init__(
+        self,
+        curvature: ArrayLike,
+        noise_variance: ArrayLike,
+        k: int,
+        momentum: float = 0.0,
+        nesterov: bool = True,  # noqa: FBT001, FBT002
+    ) -> None:
+        self.curvature = check_curvature(curvature)
+        noise = check_variance(noise_variance, "noise_variance", self.curvature)
+        self.outer: dict[str, Any] = {"k": k, "momentum": momentum, "nesterov": nesterov}
+        self.settings = {"curvature": self.curvature, "noise_variance": noise, **self.outer}
 
-def _risk(rate: float, a: NDArray[np.float64], noise: NDArray[np.float64], k: int, alpha: float) -> float:
-    variance = lookahead_variance(learning_rate=rate, curvature=a, noise_variance=noise, k=k, alpha=alpha)
-    return float(a @ variance) / 2
+    def largest(self, alpha: float) -> float:
+        """The end of the interval of learning rates, less a bit: at the end itself variances may be infinite.
 
+        With an odd k and momentum the outer loop may diverge before SGD does: where inner loops pass the optimum.
+        """
+        mu, odd = self.outer["momentum"], self.outer["k"] % 2
+        past = largest_alpha(mu, nesterov=self.outer["nesterov"]) / alpha - 1 if mu and odd else 1.0
+        return float((1 + min(past, 1.0) ** (1 / self.outer["k"])) / self.curvature.max() * (1 - 1e-12))
 
-def _bisect(risk: float, a: NDArray[np.float64], noise: NDArray[np.float64], k: int, alpha: float) -> float:
-    low, high = 0.0, _largest(a)
-    while low < (middle := (low + high) / 2) < high:
-        low, high = (middle, high) if _risk(middle, a, noise, k, alpha) < risk else (low, middle)
-    return high
+    def risk(self, learning_rate: float, alpha: float) -> float:
+        """The steady-state excess loss."""
+        variance = lookahead_variance(learning_rate=learning_rate, alpha=alpha, **self.settings)
+        return float(self.curvature @ variance) / 2
+
+    def learning_rate(self, risk: float, alpha: float) -> float:
+        """The one with this risk, to the last bit."""
+        low, high = 0.0, self.largest(alpha)
+        while low < (middle := (low + high) / 2) < high:
+            low, high = (middle, high) if self.risk(middle, alpha) < risk else (low, middle)
+        return high
+
+    def setting(self, risk: float, alpha: float, initial_mean: ArrayLike, steps: int) -> Setting:
+        """The learning rate with this risk, and the excess loss after some steps."""
+        rate = self.learning_rate(risk, alpha)
+        syncs = steps // self.outer["k"]
+        mean, variance = lookahead_trajectory(
+            learning_rate=rate, alpha=alpha, syncs=syncs, initial_mean=initial_mean, **self.settings
+        )
+        return Setting(rate, alpha, float(excess_loss(mean[-1], variance[-1], curvature=self.curvature)))

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, NamedTuple, SupportsIndex
 
 import numpy as np
 
-from lightning_lookahead._arguments import check_alpha, check_integer, check_k
+from lightning_lookahead._arguments import check_alpha, check_integer, check_k, check_momentum
 
-from ._checks import check_curvature, check_learning_rate, check_modes, check_variance
+from ._checks import check_curvature, check_learning_rate, check_modes, check_positive, check_variance
+from .outer_momentum import noise_vector, outer_matrix, settled_variance, way_gone
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
@@ -53,25 +54,35 @@ def sgd_variance(*, learning_rate: float, curvature: ArrayLike, noise_variance: 
 
 
 def lookahead_variance(
-    *, learning_rate: float, curvature: ArrayLike, noise_variance: ArrayLike, k: SupportsIndex, alpha: float
+    *,
+    learning_rate: float,
+    curvature: ArrayLike,
+    noise_variance: ArrayLike,
+    k: SupportsIndex,
+    alpha: float,
+    momentum: float = 0.0,
+    nesterov: bool = True,
 ) -> NDArray[np.float64]:
     """The variance that phi settles at under Lookahead around SGD: `sgd_variance` times a factor below 1.
 
     The factor is ``alpha (1 + r^k) / (2 - alpha + alpha r^k)``, and 1 for ``alpha=1``. The variance grows with the
-    learning rate and with alpha.
+    learning rate and with alpha. With outer momentum the factor is that of `lightning_lookahead.theory.outer_momentum`,
+    and may be above 1.
 
     Args:
         learning_rate: Of SGD, in (0, 2 / max(curvature)).
         curvature: ``a``, of shape (d,), at least 0; or a number.
         noise_variance: ``s2``, of shape (d,), at least 0; or a number.
         k: Inner steps between two syncs; at least 1.
-        alpha: Slow weights step size, in (0, 1].
+        alpha: Slow weights step size, in (0, 1]; with momentum above 0.
+        momentum: Outer momentum mu, in [0, 1); 0 is Lookahead.
+        nesterov: Whether it is Nesterov's.
 
     Returns:
         Variances of phi, of shape (d,).
 
     Raises:
-        ValueError: If an argument is out of range, or shapes do not match.
+        ValueError: If an argument is out of range, shapes do not match, or the outer loop diverges.
 
     Example:
         >>> lookahead_variance(learning_rate=0.5, curvature=[1.0, 2.0], noise_variance=3.0, k=5, alpha=0.5).round(4)
@@ -79,8 +90,12 @@ def lookahead_variance(
 
     Source: Zhang, Lucas, Hinton, Ba 2019, noisy quadratic model.
     """
-    alpha = check_alpha(alpha)
     variance = sgd_variance(learning_rate=learning_rate, curvature=curvature, noise_variance=noise_variance)
+    if check_momentum(momentum):
+        c = way_gone(learning_rate * check_curvature(curvature), check_k(k))
+        alpha = check_positive(alpha, "alpha")
+        return settled_variance(variance, c, alpha=alpha, momentum=momentum, nesterov=nesterov)
+    alpha = check_alpha(alpha)
     power = (1 - learning_rate * check_curvature(curvature)) ** check_k(k)
     # The fraction first: at alpha=1 it is exactly 1.
     return variance * (alpha * (1 + power) / (2 - alpha + alpha * power))
@@ -137,6 +152,8 @@ def lookahead_trajectory(
     syncs: SupportsIndex,
     initial_mean: ArrayLike,
     initial_variance: ArrayLike = 0.0,
+    momentum: float = 0.0,
+    nesterov: bool = True,
 ) -> Moments:
     """Mean and variance of phi under Lookahead around SGD, from the start to after the last sync.
 
@@ -145,16 +162,18 @@ def lookahead_trajectory(
         curvature: ``a``, of shape (d,), at least 0; or a number.
         noise_variance: ``s2``, of shape (d,), at least 0; or a number.
         k: Inner steps between two syncs; at least 1.
-        alpha: Slow weights step size, in (0, 1].
+        alpha: Slow weights step size, in (0, 1]; with momentum above 0.
         syncs: Syncs, ``k`` inner steps each; at least 0.
         initial_mean: Of the weights at the start, of shape (d,); or a number.
         initial_variance: Of the weights at the start, of shape (d,), at least 0; or a number.
+        momentum: Outer momentum mu, in [0, 1); 0 is Lookahead.
+        nesterov: Whether it is Nesterov's.
 
     Returns:
         Two arrays of shape (syncs + 1, d), a row for each sync, ``k`` inner steps apart.
 
     Raises:
-        ValueError: If an argument is out of range, or shapes do not match.
+        ValueError: If an argument is out of range, shapes do not match, or the outer loop diverges.
 
     Example:
         >>> lookahead_trajectory(
@@ -166,12 +185,47 @@ def lookahead_trajectory(
 
     Source: Zhang, Lucas, Hinton, Ba 2019, noisy quadratic model.
     """
-    limit = lookahead_variance(
-        learning_rate=learning_rate, curvature=curvature, noise_variance=noise_variance, k=k, alpha=alpha
-    )
-    contraction = 1 - alpha + alpha * (1 - learning_rate * check_curvature(curvature)) ** check_k(k)
     times = check_integer(syncs, "syncs", 0, "the syncs")
+    limit = lookahead_variance(
+        learning_rate=learning_rate,
+        curvature=curvature,
+        noise_variance=noise_variance,
+        k=k,
+        alpha=alpha,
+        momentum=momentum,
+        nesterov=nesterov,
+    )
+    if momentum:
+        matrix = outer_matrix(
+            learning_rate=learning_rate, curvature=curvature, k=k, alpha=alpha, momentum=momentum, nesterov=nesterov
+        )
+        g = noise_vector(alpha, momentum, nesterov=nesterov)
+        variance = sgd_variance(learning_rate=learning_rate, curvature=curvature, noise_variance=noise_variance)
+        c = matrix[:, 1, 0]
+        return _outer_trajectory(matrix, variance * c * (2 - c), g, times, initial_mean, initial_variance)
+    contraction = 1 - alpha + alpha * (1 - learning_rate * check_curvature(curvature)) ** check_k(k)
     return _trajectory(contraction, limit, times, initial_mean, initial_variance)
+
+
+def _outer_trajectory(  # noqa: PLR0917 (private)
+    matrix: NDArray[np.float64],
+    noise: NDArray[np.float64],
+    g: NDArray[np.float64],
+    times: int,
+    initial_mean: ArrayLike,
+    initial_variance: ArrayLike,
+) -> Moments:
+    """With outer momentum: mean and covariance of (phi, b), from the start, where b is zero; returned are phi's."""
+    state, covariance = np.zeros((len(matrix), 2)), np.zeros_like(matrix)
+    state[:, 0] = check_modes(initial_mean, "initial_mean", noise)
+    covariance[:, 0, 0] = check_variance(initial_variance, "initial_variance", noise)
+    means, variances = [state[:, 0]], [covariance[:, 0, 0]]
+    for _ in range(times):
+        state = (matrix @ state[..., None])[..., 0]
+        covariance = matrix @ covariance @ matrix.transpose(0, 2, 1) + noise[:, None, None] * np.outer(g, g)
+        means.append(state[:, 0])
+        variances.append(covariance[:, 0, 0])
+    return Moments(np.array(means), np.array(variances))
 
 
 def _trajectory(

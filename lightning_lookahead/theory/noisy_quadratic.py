@@ -21,6 +21,7 @@ Source: Zhang, Lucas, Hinton, Ba 2019, noisy quadratic model.
 from .loss import excess_loss, expected_loss
 from .matched_risk import Comparison, Setting, compare_at_risk, matched_learning_rate
 from .moments import Moments, lookahead_trajectory, lookahead_variance, sgd_trajectory, sgd_variance
+from .outer_momentum import outer_matrix, outer_rate
 from .simulation import simulate
 from .step_size import optimal_alpha
 
@@ -35,6 +36,8 @@ __all__ = [
     "lookahead_variance",
     "matched_learning_rate",
     "optimal_alpha",
+    "outer_matrix",
+    "outer_rate",
     "sgd_trajectory",
     "sgd_variance",
     "simulate",

@@ -27,9 +27,9 @@ from typing import TYPE_CHECKING, SupportsIndex, get_args
 
 import numpy as np
 
-from lightning_lookahead._arguments import PullbackMomentum, check_alpha, check_choice, check_k
+from lightning_lookahead._arguments import PullbackMomentum, check_alpha, check_choice, check_k, check_momentum
 
-from ._checks import check_curvature, check_finite, check_momentum, check_positive
+from ._checks import check_curvature, check_finite, check_positive
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray

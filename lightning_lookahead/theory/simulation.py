@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, SupportsIndex
 
 import numpy as np
 
-from lightning_lookahead._arguments import check_alpha, check_integer, check_k
+from lightning_lookahead._arguments import check_alpha, check_integer, check_k, check_momentum
 
-from ._checks import check_curvature, check_learning_rate, check_modes, check_variance
+from ._checks import check_curvature, check_learning_rate, check_modes, check_positive, check_variance
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
@@ -25,6 +25,8 @@ def simulate(
     initial_mean: ArrayLike,
     particles: SupportsIndex,
     seed: int,
+    momentum: float = 0.0,
+    nesterov: bool = True,
 ) -> NDArray[np.float64]:
     """The slow weights of many independent runs of Algorithm 1 around SGD; with ``k=1, alpha=1`` of SGD itself.
 
@@ -35,11 +37,13 @@ def simulate(
         curvature: ``a``, of shape (d,), at least 0; or a number.
         noise_variance: ``s2``, of shape (d,), at least 0; or a number.
         k: Inner steps between two syncs; at least 1.
-        alpha: Slow weights step size, in (0, 1].
+        alpha: Slow weights step size, in (0, 1]; with momentum above 0.
         syncs: Syncs to do, ``k`` inner steps each; at least 0.
         initial_mean: Where the weights start, of shape (d,); or a number.
         particles: How many runs; at least 1. A variance that is estimated from n has a relative error of sqrt(2 / n).
         seed: Of the random numbers.
+        momentum: Outer momentum mu, in [0, 1); 0 is Lookahead.
+        nesterov: Whether it is Nesterov's.
 
     Returns:
         phi after the last sync, of shape (particles, d).
@@ -57,15 +61,18 @@ def simulate(
     Source: Zhang, Lucas, Hinton, Ba 2019, Algorithm 1 on the noisy quadratic model.
     """
     a = check_curvature(curvature)
-    rate, alpha, k = check_learning_rate(learning_rate, a), check_alpha(alpha), check_k(k)
+    rate, k, mu = check_learning_rate(learning_rate, a), check_k(k), check_momentum(momentum)
+    alpha = check_positive(alpha, "alpha") if mu else check_alpha(alpha)
     deviation = np.sqrt(check_variance(noise_variance, "noise_variance", a))
     start = check_modes(initial_mean, "initial_mean", a)
     rows = check_integer(particles, "particles", 1, "the number of runs")
     random = np.random.default_rng(seed)
-    phi = np.tile(start, (rows, 1))
+    phi, b = np.tile(start, (rows, 1)), np.zeros((rows, len(start)))
     for _ in range(check_integer(syncs, "syncs", 0, "the syncs")):
         theta = phi.copy()
         for _ in range(k):
             theta -= rate * a * (theta - deviation * random.standard_normal(theta.shape))
-        phi += alpha * (theta - phi)
+        s = phi - theta
+        b = mu * b + s
+        phi -= alpha * (s + mu * b if nesterov else b)
     return phi

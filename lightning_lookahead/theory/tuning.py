@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, NamedTuple, SupportsIndex
 
 import numpy as np
 
-from lightning_lookahead._arguments import check_k
+from lightning_lookahead._arguments import check_k, check_momentum
 
-from ._checks import check_curvature, check_finite, check_momentum
+from ._checks import check_curvature, check_finite
 from ._search import lowest
 from .quadratic import lookahead_matrix, rate
 

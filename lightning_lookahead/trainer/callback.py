@@ -42,11 +42,13 @@ class LookaheadCallback(Callback):
         k: Inner steps from one sync to the next; at least 1. Or a schedule over syncs, `Linear`, say. A group of an
             optimizer with a ``"lookahead_k"`` of its own has cycles of its own.
         alpha: Slow weights step size, in (0, 1]; 1 leaves the inner optimizer as it is. Or a schedule, or an
-            `AdaptiveAlpha`. A group may have a ``"lookahead_alpha"`` of its own.
+            `AdaptiveAlpha`. A group may have a ``"lookahead_alpha"`` of its own. Above 1 with ``outer_momentum`` only.
         eval_weights: The weights that validation sees, that a checkpoint's ``state_dict`` holds and that the module
             holds after fit: ``"slow"`` (phi, what the algorithm returns) or ``"fast"`` (theta).
         pullback_momentum: What a sync does to the inner optimizer's state: ``"none"`` leaves it alone, ``"pullback"``
             moves its momentum as the weights, from where it was after the last sync, ``"reset"`` makes it a new one's.
+        outer_momentum: mu of the outer step, in [0, 1): with 0.9, say, SNOO or DiLoCo's outer step. 0 is Lookahead.
+        outer_nesterov: Whether the outer momentum is Nesterov's; without outer momentum it is not used.
         start_step: Inner steps before the first cycle begins; until then there is one set of weights.
         unfinished_cycle: What the end of training does to a cycle that has not ended: ``"drop"`` leaves phi as it was
             after the last sync (Algorithm 1), ``"sync"`` syncs once more.
@@ -93,6 +95,8 @@ class LookaheadCallback(Callback):
         alpha: StepSize = 0.5,
         eval_weights: Weights = "slow",
         pullback_momentum: PullbackMomentum = "none",
+        outer_momentum: float = 0.0,
+        outer_nesterov: bool = True,  # noqa: FBT001, FBT002
         start_step: int = 0,
         unfinished_cycle: UnfinishedCycle = "drop",
         exclude: str | list[str] | None = None,
@@ -109,20 +113,17 @@ class LookaheadCallback(Callback):
     ) -> None:
         join_packages(LookaheadCallback)
         super().__init__()
-        self.settings = Settings(k, alpha, start_step, pullback_momentum, nonfinite, slow_dtype, slow_device, buffers)
+        self.settings = Settings.among(locals())
         check_weights(eval_weights, "eval_weights")
         check_choice("unfinished_cycle", unfinished_cycle, get_args(UnfinishedCycle))
         check_choice("sync_optimizers", sync_optimizers, get_args(SyncOptimizers))
         check_recalibrate(recalibrate_batch_norm, eval_weights)
-        self.eval_weights: Weights = eval_weights
-        self.unfinished_cycle = unfinished_cycle
         self.exclude = [exclude] if isinstance(exclude, str) else list(exclude or [])
-        self.sync_optimizers = sync_optimizers
-        self.monitor = monitor
-        self.recalibrate_batch_norm = recalibrate_batch_norm
+        self.eval_weights: Weights = eval_weights
+        self.unfinished_cycle, self.sync_optimizers = unfinished_cycle, sync_optimizers
+        self.monitor, self.recalibrate_batch_norm = monitor, recalibrate_batch_norm
         self.log_syncs, self.log_distance, self.check_ranks = log_syncs, log_distance, check_ranks
-        self._ranks = RankCheck()
-        self._in_trainer = False
+        self._ranks, self._in_trainer = RankCheck(), False
         self._fit = self._new_fit()
 
     def _new_fit(self) -> Fit:

@@ -25,7 +25,11 @@ def configuration(kind, rng):
         "start_step": rng.choice([0, 0, 1, 3]),
         "nonfinite": rng.choice(["raise", "skip"]),
         "slow_dtype": rng.choice([None, None, "float64"]),
+        "outer_momentum": rng.choice([0.0, 0.9]),
+        "outer_nesterov": rng.choice([True, False]),
     }
+    if options["pullback_momentum"] == "pullback":
+        options["outer_momentum"] = 0.0
     if "flat" not in kind:
         options["exclude"] = rng.choice([None, None, "net.0.bias", "*.bias"])
     settings = {"accumulate_grad_batches": rng.choice([1, 1, 2])}

@@ -43,12 +43,12 @@ def test_slow_weights_on_the_cpu_are_those_on_the_gpu_and_leave_nothing_there():
 import copy, torch
 from lightning_lookahead import SlowWeights
 
-def train(**place):
+def train(**options):
     torch.manual_seed(0)
     net = torch.nn.Linear(1000, 1000, device="cuda")
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
     before = torch.cuda.memory_allocated()
-    slow = SlowWeights(optimizer, k=3, **place)
+    slow = SlowWeights(optimizer, k=3, **options)
     held = []
     for step in range(11):
         optimizer.zero_grad()
@@ -60,16 +60,18 @@ def train(**place):
         if step == 7:
             held.append(slow.cycles.steps_since_sync)
     torch.cuda.synchronize()
-    bytes_held = sum(v.numel() * v.element_size() for v in slow.values("slow").values() if v.is_cuda)
+    kept = [*slow.values("slow").values(), *slow.pairs.outer_momentum.b.values()]
+    bytes_held = sum(v.numel() * v.element_size() for v in kept if v.is_cuda)
     weights = [p.detach().clone() for p in net.parameters()]
     with slow.use("slow"):
         weights += [p.detach().clone() for p in net.parameters()]
     return weights, bytes_held
 
-resident, held = train()
-away, none = train(slow_device="cpu")
-assert held > 0 and none == 0, (held, none)
-assert all(torch.equal(a, b) for a, b in zip(resident, away, strict=True))
+for options in ({}, {"outer_momentum": 0.9}):
+    resident, held = train(**options)
+    away, none = train(slow_device="cpu", **options)
+    assert held > 0 and none == 0, (held, none)
+    assert all(torch.equal(a, b) for a, b in zip(resident, away, strict=True))
 print("equal")
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)

@@ -47,12 +47,17 @@ def test_adam_and_accumulation(kind, ranks, tmp_path):
         ("fsdp2", "schedule", "SGD"),
         ("fsdp2", "groups", "Adam"),
         ("fsdp1", "pullback", "SGD"),
+        ("fsdp1", "momentum", "SGD"),
+        ("fsdp2", "momentum", "Adam"),
+        ("fsdp2_full", "momentum", "SGD"),
+        ("tp", "momentum", "Adam"),
     ],
 )
 def test_the_modes_give_what_one_process_gives_and_resume_bit_for_bit(kind, mode, optimizer, ranks, tmp_path):
     ranks(2, train, kind, optimizer, tmp_path, mode=mode)
     end = loaded(tmp_path / "end.ckpt")
-    ranks(2, train, "ddp", optimizer, tmp_path / "one", mode=mode)
+    alone = (1, train, "tp") if kind == "tp" else (2, train, "ddp")  # the module for tensor parallelism is another one
+    ranks(*alone, optimizer, tmp_path / "one", mode=mode)
     tolerance = 1e-5 if "fsdp1" in kind else 1e-11
     assert close(
         end, {w: as_(end[w], values) for w, values in loaded(tmp_path / "one" / "end.ckpt").items()}, tolerance
@@ -69,10 +74,10 @@ def as_(names, values):
 
 
 @pytest.mark.parametrize("processes", [1, 3])
-@pytest.mark.parametrize("kind", ["fsdp2", "fsdp2_full"])
-def test_another_number_of_processes_resumes(kind, processes, ranks, tmp_path):
-    ranks(2, train, kind, "SGD", tmp_path)
-    ranks(processes, resume, kind, "SGD", *(tmp_path / f"step={step}.ckpt" for step in (3, 4)))
+@pytest.mark.parametrize(("kind", "mode"), [("fsdp2", ""), ("fsdp2_full", ""), ("fsdp2", "momentum")])
+def test_another_number_of_processes_resumes(kind, mode, processes, ranks, tmp_path):
+    ranks(2, train, kind, "SGD", tmp_path, mode=mode)
+    ranks(processes, resume, kind, "SGD", *(tmp_path / f"step={step}.ckpt" for step in (3, 4)), mode=mode)
     for step in (3, 4):
         assert close(loaded(tmp_path / f"step={step}-resumed.ckpt"), loaded(tmp_path / "end.ckpt"), 1e-12)
 

@@ -1,7 +1,8 @@
 """Checkpoints of every kind, as small as they can be, that later versions have to read bit for bit.
 
 ``python -m tests.golden.make`` writes new ones in place of those that are here: when the format has changed, and the
-reading of the old ones is tested elsewhere. The folder of shards is written by two processes, which it starts.
+reading of the old ones is tested elsewhere. With names of kinds it writes these alone. The folder of shards is written
+by two processes, which it starts.
 """
 
 import os
@@ -31,6 +32,7 @@ KINDS = {
     "groups": {},
     "bf16": {},
     "players": {},
+    "momentum": {"outer_momentum": 0.9},
     "monitor": {},
     "shards": {"pullback_momentum": "pullback"},
 }
@@ -137,14 +139,17 @@ def write(kind):
 
 def main():
     torch.set_num_threads(1)
-    if sys.argv[1:]:
+    if "WORLD_SIZE" in os.environ:
         write("shards")
         leave()
-    for old in HERE.glob("*.ckpt"):
-        shutil.rmtree(old) if old.is_dir() else old.unlink()
-    for kind in KINDS:
+    kinds = sys.argv[1:] or KINDS
+    for old in (HERE / f"{kind}.ckpt" for kind in kinds):
+        shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
+    for kind in kinds:
         if kind != "shards":
             write(kind)
+    if "shards" not in kinds:
+        return
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     subprocess.run([*launcher, "-m", "tests.golden.make", "shards"], check=True, env=environment())
 

@@ -29,8 +29,22 @@ def at(value, syncs):
 class Outer:
     """The outer loop around one optimizer, which moves the parameters in ``names``; the others it leaves alone."""
 
-    def __init__(self, optimizer, names, *, k=5, alpha=0.5, start_step=0, mode="none", dtype=None, norms=None):
+    def __init__(
+        self,
+        optimizer,
+        names,
+        *,
+        k=5,
+        alpha=0.5,
+        start_step=0,
+        mode="none",
+        dtype=None,
+        norms=None,
+        mu=0,
+        nesterov=True,
+    ):
         self.optimizer, self.names, self.k, self.alpha, self.start_step = optimizer, names, k, alpha, start_step
+        self.mu, self.nesterov, self.descents = mu, nesterov, {}
         self.mode, self.dtype, self.norms = mode, dtype, norms
         self.taken, self.holds, self.cycles, self.moved = 0, "fast", {}, set()
         self.phi, self.moments, self.aside = {}, {}, {}
@@ -108,18 +122,36 @@ class Outer:
             cycle = self.cycles[settings]
             alpha = at(settings[1] or self.alpha, cycle.syncs)
             for name, theta in self.own(settings).items():
-                if name in self.phi and cycle.since and name not in self.moved:  # frozen, say
+                frozen = self.mu and not theta.requires_grad
+                if name in self.phi and name not in self.moved and (cycle.since or frozen):
                     self.phi[name].copy_(theta)
+                    if not theta.requires_grad:
+                        self.descents.pop(name, None)
                 elif name in self.phi:
-                    self.phi[name] = torch.lerp(self.phi[name], theta.to(self.phi[name]), alpha)
+                    self.outer_step(name, theta, alpha)
                     theta.copy_(self.phi[name])
                     self.momentum(theta, alpha)
             if settings == next(iter(self.cycles)):
                 for name, live in self.live().items():
-                    self.statistics[name] = torch.lerp(self.statistics[name], live, alpha)
+                    self.statistics[name] = torch.lerp(self.statistics[name], live, min(alpha, 1))
                     live.copy_(self.statistics[name])
             self.moved -= set(self.own(settings))
             cycle.since, cycle.syncs = 0, cycle.syncs + 1
+
+    def outer_step(self, name, theta, alpha):
+        """With momentum phi is a parameter that torch's SGD descends with."""
+        if not self.mu:
+            self.phi[name] = torch.lerp(self.phi[name], theta.to(self.phi[name]), alpha)
+            return
+        if name not in self.descents:
+            phi = torch.nn.Parameter(self.phi[name])
+            self.descents[name] = phi, torch.optim.SGD([phi], 1.0, self.mu, nesterov=self.nesterov, foreach=False)
+        phi, descent = self.descents[name]
+        phi.copy_(self.phi[name])
+        phi.grad = phi.detach() - theta.to(phi)
+        descent.param_groups[0]["lr"] = alpha
+        descent.step()
+        self.phi[name] = phi.detach().clone()
 
     def momentum(self, theta, alpha):
         if self.mode == "reset":
@@ -165,12 +197,15 @@ class NaiveLookahead(Callback):
         pullback_momentum="none",
         slow_dtype=None,
         slow_device=None,
+        outer_momentum=0.0,
+        outer_nesterov=True,
         **options,
     ):
         self.eval_weights, self.unfinished_cycle, self.exclude = eval_weights, unfinished_cycle, exclude
         self.together, self.buffers = sync_optimizers == "together", buffers
         dtype = getattr(torch, slow_dtype) if slow_dtype else None
         self.options = {**options, "mode": pullback_momentum, "dtype": dtype}
+        self.options |= {"mu": outer_momentum, "nesterov": outer_nesterov}
         self.outers = []
 
     def on_train_start(self, trainer, pl_module):

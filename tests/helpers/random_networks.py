@@ -57,7 +57,7 @@ def go_together(case):
             optimizer == "Muon" and net != "matrices",
             net == "matrices" and "*.bias" in case["exclude"],
             optimizer == "LBFGS" and (half or case["group"] or mode != "none"),  # it keeps one state for all
-            mode == "pullback" and optimizer not in MOMENTUM,
+            mode == "pullback" and (optimizer not in MOMENTUM or case["outer_momentum"]),
             case["buffers"] == "sync" and net != "norm",
             # Torch makes numbers in their state the type of the parameters when it loads them.
             optimizer in {"NAdam", "ASGD"} and case["dtype"] != "float32",

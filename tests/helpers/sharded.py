@@ -24,6 +24,7 @@ STEPS, K = 8, 3
 
 
 MODES = {
+    "momentum": {"outer_momentum": 0.9, "alpha": 0.7},
     "": {},
     "reset": {"pullback_momentum": "reset"},
     "pullback": {"pullback_momentum": "pullback"},

@@ -21,6 +21,8 @@ DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.com
 shapes = st.lists(st.integers(0, 7), max_size=3).map(tuple)
 kinds_of_tensors = st.lists(st.tuples(shapes, st.sampled_from(DTYPES), st.booleans()), max_size=12)
 threads = st.sampled_from([1, 2])
+outer_momenta = st.sampled_from([None, (0.75, True), (0.9, False)])
+"""None, or mu and whether it is Nesterov's."""
 
 
 def either(*values):

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lightning_lookahead import SlowWeights
 from lightning_lookahead.outer_loop import cpu_buckets
 from lightning_lookahead.outer_loop.algorithm import outer_step
+from lightning_lookahead.outer_loop.tensors import OuterMomentum
 from tests.helpers import strategies as some
 from tests.helpers.places import ROOT
 
@@ -51,23 +52,31 @@ def lines(tensors):
 @given(
     some.kinds_of_tensors,
     some.alphas,
-    some.settings(SMALL=[1, 10, cpu_buckets.SMALL], JOINED=[20, cpu_buckets.JOINED], BLOCK=[2, cpu_buckets.BLOCK]),
+    some.settings(
+        SMALL=[1, 10, cpu_buckets.SMALL],
+        JOINED=[20, cpu_buckets.JOINED],
+        BLOCK=[2, cpu_buckets.BLOCK],
+        MOMENTUM_BLOCK=[2, cpu_buckets.MOMENTUM_BLOCK],
+    ),
     some.threads,
+    some.outer_momenta,
 )
-def test_joined_or_cut_a_sync_gives_the_same_bits(kinds, alpha, sizes, threads):
+def test_joined_or_cut_a_sync_gives_the_same_bits(kinds, alpha, sizes, threads, momentum):
     with pytest.MonkeyPatch.context() as patch, using(threads):
         for name, size in sizes.items():
             patch.setattr(cpu_buckets, name, size)
         start = [torch.randn(shape, dtype=dtype) for shape, dtype, _ in kinds]
         start = [t.T if turned and t.ndim == 2 else t for t, (_, _, turned) in zip(start, kinds, strict=True)]
         fast = [torch.randn_like(tensor) for tensor in start]
-        expected = [torch.clone(tensor) for tensor in fast], [torch.clone(tensor) for tensor in start]
-        outer_step(*expected, alpha)
         slow = [tensor.clone() for tensor in start]
-        buckets = cpu_buckets.CpuBuckets.arranged(fast, slow)
+        b = [torch.randn_like(tensor) for tensor in start] if momentum else []
+        expected = [[torch.clone(tensor) for tensor in tensors] for tensors in (fast, slow, b)]
+        outer_step(*expected[:2], alpha, OuterMomentum(expected[2], *momentum) if momentum else None)
+        own_momentum = OuterMomentum(b, *momentum) if momentum else None
+        buckets = cpu_buckets.CpuBuckets.arranged(fast, slow, own_momentum)
         assert buckets.not_finite() == []
-        outer_step(fast, slow, alpha, buckets=buckets)
-    for own, others in zip((fast, slow), expected, strict=True):
+        outer_step(fast, slow, alpha, own_momentum, buckets=buckets)
+    for own, others in zip((fast, slow, b), expected, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(own, others, strict=True))
 
 
@@ -235,7 +244,7 @@ def test_without_the_module_and_its_one_call_every_test_but_its_own_passes(tmp_p
     (tmp_path / "tests/outer_loop/test_cpu_buckets.py").unlink()
     cycles = tmp_path / "lightning_lookahead/outer_loop/cycles.py"
     source = cycles.read_text(encoding="utf-8")
-    for part in ("from .cpu_buckets import CpuBuckets\n", ", CpuBuckets.arranged(fast, slow)"):
+    for part in ("from .cpu_buckets import CpuBuckets\n", ", CpuBuckets.arranged(fast, slow, momentum)"):
         assert source.count(part) == 1
         source = source.replace(part, "")
     cycles.write_text(source, encoding="utf-8")

@@ -39,6 +39,8 @@ DEFAULTS = {
     "start_step": 0,
     "exclude": (),
     "pullback_momentum": "none",
+    "outer_momentum": 0.0,
+    "outer_nesterov": True,
     "slow_dtype": None,
     "slow_device": None,
     "buffers": "keep",
@@ -70,7 +72,8 @@ def allowed(case):
             "copy" in names and case["optimizer"] == "LBFGS",
             names.count("add") > 1 or ("add" in names and case["group"]),
             case["buffers"] == "sync" and not case["module"],
-            coarse(case) and (moves or case["start_step"] or saves),  # phi of what has not moved is rounded
+            # Phi of what has not moved is rounded.
+            coarse(case) and (moves or case["start_step"] or saves or {"add", "sync"} <= set(names)),
         )
     )
 
@@ -97,6 +100,8 @@ def choices(rng):
         "start_step": rng.randint(0, 6),
         "exclude": tuple(rng.sample(["*.bias", "first.*", "last.weight"], rng.randint(1, 2))),
         "pullback_momentum": rng.choice(["reset", "pullback"]),
+        "outer_momentum": rng.choice([0.5, 0.9]),
+        "outer_nesterov": False,
         "slow_dtype": rng.choice(["float64", "float32", "bfloat16"]),
         "slow_device": "cpu",
         "buffers": "sync",
@@ -169,6 +174,8 @@ class Loop:
             alpha=self.case["alpha"],
             start_step=self.case["start_step"],
             mode=self.case["pullback_momentum"],
+            mu=self.case["outer_momentum"],
+            nesterov=self.case["outer_nesterov"],
             dtype=getattr(torch, self.case["slow_dtype"]) if self.case["slow_dtype"] else None,
             norms=self.net if self.case["buffers"] == "sync" else None,
         )
@@ -238,7 +245,7 @@ class Ours(Loop):
 
     def make_slow(self, net, optimizer):
         names = ("k", "alpha", "start_step", "pullback_momentum", "slow_dtype", "slow_device", "buffers")
-        options = {name: self.case[name] for name in (*names, "model_weights")}
+        options = {name: self.case[name] for name in (*names, "outer_momentum", "outer_nesterov", "model_weights")}
         module = net if self.case["module"] else None
         return SlowWeights(optimizer, module=module, exclude=self.excluded(net), **options)
 

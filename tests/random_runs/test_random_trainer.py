@@ -52,6 +52,8 @@ DEFAULTS = {
     "exclude": (),
     "sync_optimizers": "independently",
     "pullback_momentum": "none",
+    "outer_momentum": 0.0,
+    "outer_nesterov": True,
     "slow_dtype": None,
     "slow_device": None,
     "buffers": "keep",
@@ -80,10 +82,11 @@ def allowed(case):
         (
             case["net"] == "sparse" and (several or case["clip"] or case["partial"]),
             case["precision"] != "32-true" and case["dtype"] != "float32",
-            optimizer == "LBFGS" and (several or still),
+            optimizer == "LBFGS" and (several or still or case["net"] == "tied"),  # where it diverges
             not several and (case["toggle"] or case["shared"] or case["sync_optimizers"] == "together"),
             set(case["turns"]) == {1},
-            case["shared"] and case["alpha"] == 1,  # then what the second moves belongs to both sets
+            # Then what the second moves belongs to both sets.
+            case["shared"] and case["alpha"] == 1 and not case["outer_momentum"],
             case["turns"] and (case["accumulate"] > 1 or case["scheduler"]),
             case["validate"] > case["batches"],
             "max_steps" in ways and case["unfinished_cycle"] == "sync",
@@ -91,7 +94,7 @@ def allowed(case):
             not case["freezes"] or case["freezes"][0][0],
             case["clip"] == "value" and (still or case["partial"]),  # torch finds no gradients to clip
             # Phi of what has had no gradient, and was moved by others, is rounded.
-            coarse(as_trained(case)) and (len(case["freezes"]) > 1 or case["shared"]),
+            coarse(as_trained(case)) and (len(case["freezes"]) > 1 or case["shared"] or case["partial"]),
             # Resumed at its end, a run has no batch before which to freeze.
             case["unfinished_cycle"] == "sync" and len(case["freezes"]) > 1,
             # Without the callback, too, Lightning does not resume these bit for bit: statistics are loaded before they
@@ -148,6 +151,8 @@ def choices(rng):
         "exclude": tuple(rng.sample(["*.bias", "first.*", "last.weight"], rng.randint(1, 2))),
         "sync_optimizers": "together",
         "pullback_momentum": rng.choice(["reset", "pullback"]),
+        "outer_momentum": rng.choice([0.5, 0.9]),
+        "outer_nesterov": False,
         "slow_dtype": rng.choice(["float64", "float32", "bfloat16"]),
         "slow_device": "cpu",
         "buffers": "sync",
@@ -315,7 +320,7 @@ def fit(case, lookahead, *others, steps=None, ckpt_path=None):
 
 def options_of(case):
     names = ("k", "alpha", "start_step", "pullback_momentum", "slow_dtype", "slow_device", "buffers")
-    names += ("eval_weights", "unfinished_cycle", "sync_optimizers")
+    names += ("eval_weights", "unfinished_cycle", "sync_optimizers", "outer_momentum", "outer_nesterov")
     return {**{name: case[name] for name in names}, "exclude": list(case["exclude"])}
 
 

@@ -338,7 +338,9 @@ def test_the_matched_learning_rate_gives_the_risk_or_there_is_none(risk, alpha, 
 
 
 def test_a_risk_out_of_reach_is_refused_with_the_most_that_there_is():
-    with pytest.raises(ValueError, match=r"risk=5.0 cannot be reached with k=5 and alpha=0.5: .* give less than 4\."):
+    with pytest.raises(
+        ValueError, match=r"risk=5.0 cannot be reached with k=5, alpha=0.5 and momentum=0.0: .* give less than 4\."
+    ):
         matched_learning_rate(5.0, curvature=1.0, noise_variance=1.6, k=5, alpha=0.5)
     with pytest.raises(ValueError, match=r"risk=1.0 cannot be reached .* give less than 0\."):
         compare_at_risk(1.0, curvature=1.0, noise_variance=0.0, initial_mean=1.0, k=5, steps=10)

@@ -161,6 +161,7 @@ def test_yaml_goes_in_comes_out_and_goes_in_again():
                     "k": 2,
                     "alpha": 0.8,
                     "eval_weights": "fast",
+                    "outer_momentum": 0.9,
                     "monitor": {
                         "class_path": "InnerOuterMonitor",
                         "init_args": {"updates": 2, "metric": {"class_path": "torchmetrics.MeanSquaredError"}},
@@ -175,6 +176,7 @@ def test_yaml_goes_in_comes_out_and_goes_in_again():
     assert first == second
     read = yaml.safe_load(second)["lookahead"]
     assert (read["k"], read["alpha"], read["eval_weights"], read["enabled"]) == (2, 0.8, "fast", True)
+    assert (read["outer_momentum"], read["outer_nesterov"]) == (0.9, True)
     assert read["monitor"]["class_path"] == "lightning_lookahead.InnerOuterMonitor"
     run("fit", "--config=second.yaml", "--lookahead.monitor=null")
 
@@ -183,6 +185,8 @@ BAD = {
     "fit --lookahead.k=0": "k=0 is out of range",
     "fit --lookahead.k=five": 'Parser key "lookahead.k"',
     "fit --lookahead.alpha=1.5": "alpha=1.5 is out of range",
+    "fit --lookahead.outer_momentum=1": "outer_momentum=1.0 is out of range",
+    "fit --lookahead.outer_momentum=0.9 --lookahead.alpha=1.5": "alpha=1.5 is out of range: with an outer mom",
     "fit --lookahead.eval_weights=middle": "'slow', 'fast'",
     "fit --lookahead.monitor.updates=0": "updates=0 is out of range",
     "fit --lookahead.monitor.update=1": "Option 'update' is not accepted",
@@ -310,6 +314,8 @@ def test_without_subcommands_it_makes_what_was_asked_for(monkeypatch):
         (['exclude=["*.bias","net.0.*"]'], "exclude", "['*.bias', 'net.0.*']"),
         (["slow_dtype=float64"], "slow_dtype", "'float64'"),
         (["buffers=sync"], "buffers", "'sync'"),
+        (["outer_momentum=0.9", "alpha=1.2"], "outer_momentum", "0.9"),
+        (["outer_momentum=0.9", "outer_nesterov=false"], "outer_nesterov", "False"),
     ],
 )
 def test_every_part_can_be_set(arguments, name, value, monkeypatch):

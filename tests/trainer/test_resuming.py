@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
 from lightning_lookahead import LookaheadCallback, load_weights
-from tests.helpers.runs import Regression, both, checkpoint_after, equal, make_trainer, reference
+from tests.helpers.runs import Regression, both, checkpoint_after, equal, fit, make_trainer, reference
 
 
 class Tied(Regression):
@@ -289,3 +289,16 @@ def test_a_checkpoint_that_does_not_fit_is_refused_and_leaves_the_model_as_it_wa
     with pytest.raises(error, match=message):
         make_trainer(LookaheadCallback(k=3), max_steps=8).fit(module, ckpt_path=path)
     assert equal(module.weights(), before)
+
+
+def test_a_run_that_is_given_momentum_or_loses_it_says_so_once():
+    plain, given = LookaheadCallback(k=3), LookaheadCallback(k=3, outer_momentum=0.9)
+    paths = [checkpoint_after(4, callbacks=[one], path=f"{number}.ckpt") for number, one in enumerate((plain, given))]
+    with pytest.warns(UserWarning, match=r"outer_momentum was 0.0 and is 0.9.*The outer momentum starts") as caught:
+        _, trainer = fit(LookaheadCallback(k=3, outer_momentum=0.9), Regression(), ckpt_path=paths[0], max_steps=7)
+    assert sum("Lookahead" in str(warning.message) for warning in caught) == 1
+    assert trainer.callbacks[0].slow_weights[0].pairs.outer_momentum.b
+    with pytest.warns(UserWarning, match=r"outer_momentum was 0.9 and is 0.0") as caught:
+        _, trainer = fit(LookaheadCallback(k=3), Regression(), ckpt_path=paths[1], max_steps=7)
+    assert sum("Lookahead" in str(warning.message) for warning in caught) == 1
+    assert not trainer.callbacks[0].slow_weights[0].pairs.outer_momentum.b
