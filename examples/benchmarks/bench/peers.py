@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ def syncs(parameters: list[nn.Parameter]) -> dict[str, Callable[[], object]]:
     """Name -> a sync of these parameters, each with slow weights of its own; ours first."""
     makers = {
         OURS: _ours,
+        "ours, with outer momentum": functools.partial(_ours, outer_momentum=0.9),
         "two foreach calls": _foreach,
         "official loop": _official,
         "timm": _timm,
@@ -41,9 +43,9 @@ def inner(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
     return torch.optim.SGD(parameters, lr=0.0)
 
 
-def _ours(parameters: list[nn.Parameter]) -> Callable[[], object]:
+def _ours(parameters: list[nn.Parameter], **options: Any) -> Callable[[], object]:
     optimizer = inner(parameters)
-    slow = SlowWeights(optimizer, K, ALPHA)
+    slow = SlowWeights(optimizer, K, ALPHA, **options)
     optimizer.step()
     return slow.sync
 
