@@ -4,16 +4,17 @@
     python examples/paper/language_model.py --data FOLDER --full     # Penn Treebank, the paper's LSTM, on a GPU
 
 The network is AWD-LSTM's; its sequences of random length and its penalties on activations are left out. SGD and Adam
-are each tuned alone, on the grid that is printed, by perplexity on validation text; then Lookahead around each on the
-same grid. Averaged SGD takes SGD's choice, and is the equal average of the weights after each step of the second half
-of training. The best of each is trained from several seeds and looked at on test text. May be stopped and started
-again, and run several times at once to share the work.
+are each tuned alone, on the grid that is printed, by perplexity on validation text; then Lookahead around each, over
+the same rates and the paper's k {5, 10} and alpha {.5, .8}. Averaged SGD takes SGD's choice, and is the equal average
+of the weights after each step of the second half of training. The best of each is trained from several seeds and looked
+at on test text. May be stopped and started again, and run several times at once to share the work.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import replace
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -50,6 +51,9 @@ SMALL_RATES = {"sgd": (10.0, 20.0, 40.0, 80.0), "adam": (2e-3, 4e-3, 8e-3, 1.6e-
 SMOKE_RATES = {"sgd": (20.0,), "adam": (8e-3,)}
 """Grids of learning rates. They are ours; the fewer steps, the larger."""
 
+OUTER = {"k": (5, 10), "alpha": (0.5, 0.8)}
+"""The paper's grid."""
+
 COLOURS = {
     "SGD": "tab:gray",
     "averaged SGD": "tab:green",
@@ -78,21 +82,18 @@ def run(study: Study, text: Text, base: Settings, rates: dict[str, Sequence[floa
     def complete(todo: list[Settings]) -> list[Record]:
         return study.complete(todo, lambda settings, folder: train(settings, text, folder))
 
-    def tune(start: Settings) -> Settings:
-        records = complete([replace(start, lr=lr) for lr in rates[start.optimizer]])
+    def tune(starts: list[Settings]) -> Settings:
+        records = complete([replace(start, lr=lr) for start in starts for lr in rates[start.optimizer]])
         tuning.extend(records)
         return Settings(**best(records))
 
+    def around(inner: Settings) -> list[Settings]:
+        return [replace(inner, **dict(zip(OUTER, point, strict=True))) for point in product(*OUTER.values())]
+
     tuning: list[Record] = []
     adam = replace(base, optimizer="adam")
-    sgd = tune(base)
-    tuned = [
-        sgd,
-        replace(sgd, average=0.5),
-        tune(replace(base, k=5, alpha=0.5)),
-        tune(adam),
-        tune(replace(adam, k=5, alpha=0.5)),
-    ]
+    sgd = tune([base])
+    tuned = [sgd, replace(sgd, average=0.5), tune(around(base)), tune([adam]), tune(around(adam))]
     finals = [replace(settings, seed=seed, tested=True) for seed in range(seeds) for settings in tuned]
     return tuning + complete(finals)
 
@@ -118,12 +119,17 @@ def tables(records: list[Record]) -> list[Table]:
 def table(records: list[Record]) -> Table:
     """Test perplexities, a row for each optimizer."""
     columns = {"test": "test_perplexity", "validation": "perplexity", "test, fast weights": "fast_test_perplexity"}
-    result = Table(title(records), ["optimizer", "lr", *columns, "paper: test, PTB"])
+    result = Table(title(records), ["optimizer", "lr", "k, alpha", *columns, "paper: test, PTB"])
     for optimizer, runs in final(records).items():
         s = runs[0]["settings"]
         cells = [cell(runs, column) if s["k"] or "fast" not in column else "" for column in columns.values()]
-        result.rows.append([optimizer, f"{s['lr']:g}", *cells, PAPER[optimizer]])
+        result.rows.append([optimizer, f"{s['lr']:g}", outer(s), *cells, PAPER[optimizer]])
     return result
+
+
+def outer(settings: dict[str, Any]) -> str:
+    """The k and alpha of a run with Lookahead."""
+    return f"{settings['k']}, {settings['alpha']:g}" if settings["k"] else ""
 
 
 def title(records: list[Record]) -> str:
@@ -136,14 +142,14 @@ def title(records: list[Record]) -> str:
 
 
 def grid_table(records: list[Record]) -> Table:
-    """What tuning saw: validation perplexity, lr down, without and with Lookahead across."""
+    """What tuning saw: validation perplexity, lr down, without Lookahead and with each k and alpha across."""
     tuning = [r for r in records if not r["settings"]["tested"]]
-    result = Table(
-        "Tuning: perplexity on validation text, one seed", ["inner optimizer", "lr", "alone", "with Lookahead"]
-    )
+    columns = groups(tuning, lambda r: outer(r["settings"]))
+    headings = [f"k, alpha: {name}" if name else "alone" for name in columns]
+    result = Table("Tuning: perplexity on validation text, one seed", ["inner optimizer", "lr", *headings])
     for (optimizer, lr), runs in groups(tuning, lambda r: (r["settings"]["optimizer"], r["settings"]["lr"])).items():
-        by_k = {bool(r["settings"]["k"]): [r] for r in runs}
-        cells = [cell(by_k[k], "perplexity") if k in by_k else "" for k in (False, True)]
+        by_outer = {outer(r["settings"]): [r] for r in runs}
+        cells = [cell(by_outer[name], "perplexity") if name in by_outer else "" for name in columns]
         result.rows.append([{"sgd": "SGD", "adam": "Adam"}[optimizer], f"{lr:g}", *cells])
     return result
 

@@ -17,7 +17,7 @@ RUNS = {  # how many records a smoke run with one seed leaves
     "cifar": 4 + 2 + 4 + 4 + 4,
     "figure1": 1,
     "figure10": 1,
-    "language_model": 4 + 5,
+    "language_model": 2 * (1 + 4) + 5,
     "momentum_at_sync": 4,
     "noisy_quadratic": 3 + 2,
     "quadratic_momentum": 2 * 2 * 4,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer, seed_everything
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
@@ -194,8 +194,15 @@ def around(settings: Settings, steps: int) -> LookaheadCallback | WeightAveragin
     return averaged(steps - int(settings.average * steps)) if settings.average else None
 
 
-def train(settings: Settings, text: Text, folder: Path) -> dict[str, Any]:
+def train(settings: Settings, text: Text, folder: Path, *more: Callback) -> dict[str, Any]:
     """Do one run, or the rest of it.
+
+    Args:
+        settings: What to train, and how.
+        text: What on.
+        folder: Where the run's checkpoint is.
+        more: Callbacks, after what the settings put around the optimizer; with a Lookahead of its own among them it is
+            that one which is put around.
 
     Returns:
         ``loss``, in nats per word, and ``perplexity`` on validation text at the end, of the slow weights or of the
@@ -211,8 +218,9 @@ def train(settings: Settings, text: Text, folder: Path) -> dict[str, Any]:
     looks = {"": text.validation, **({"test_": text.test} if settings.tested else {})}
     loaders = {name: loader(Windows(words, ROWS, settings.bptt)) for name, words in looks.items()}
     model, curves = WordPredictor(settings, len(text.vocabulary), len(data)), Curves(["train_loss", "loss"])
-    callbacks = [around(settings, settings.epochs * len(data)), curves]
-    fit = trainer(settings, folder, callbacks, gradient_clip_val=settings.clip)
+    given = any(isinstance(one, LookaheadCallback) for one in more)
+    outer = None if given else around(settings, settings.epochs * len(data))
+    fit = trainer(settings, folder, [outer, *more, curves], gradient_clip_val=settings.clip)
     try:
         fit.fit(model, loader(data), loaders[""], ckpt_path=resumable(folder))
         losses = {before: look(fit, model, words) for before, words in loaders.items()}
