@@ -60,7 +60,7 @@ def test_the_theory_imports_neither_torch_nor_lightning():
     )
     done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
     names, heavy = done.stdout.strip().rsplit(" [", 1)
-    assert "'noisy_quadratic', 'quadratic'" in names
+    assert "'noisy_quadratic', 'outer_momentum'" in names
     assert heavy == "]"
 
 
