@@ -277,9 +277,9 @@ def draw(records: list[Record]) -> Figure:
     """The theory's excess loss at matched risk against momentum, and the grid around each inner optimizer."""
     tasks = by_task(records)
     with style():
-        result = figure(7.2, 2.9)
-        panels = result.subplots(1, 1 + len(tasks))
-        theory, *rest = panels if len(tasks) else [panels]
+        result = figure(7.2, 3.2)
+        panels = result.subplots(1, 1 + len(tasks), squeeze=False)[0]
+        theory, *rest = panels
         momenta = (0.0, 0.25, 0.5, 0.75, 0.9, 0.95)
         for index, risk in enumerate((0.01, 0.03)):
             found = [
@@ -314,12 +314,15 @@ def draw(records: list[Record]) -> Figure:
                 }
                 lr = [r["settings"]["lr"] for r in around][:1]
                 alone = values([r for r in of if not r["settings"]["k"] and [r["settings"]["lr"]] == lr], "loss")
-                panel.plot(lowest.keys(), lowest.values(), "o-", color=f"C{index}", label=f"{factor:g} times the rate")
+                panel.plot(lowest.keys(), lowest.values(), "o-", color=f"C{index}", label=f"{factor:g} times the tuned")
                 for loss in alone:
                     panel.axhline(loss, color=f"C{index}", linewidth=1, linestyle=":")
             panel.set(xlabel="outer momentum", ylabel="held-out loss, best k and alpha", title=f"{name}; dotted: alone")
         if rest:
-            rest[0].legend()
+            lines = rest[0].get_legend_handles_labels()
+            result.legend(*lines, loc="outside lower right", ncols=len(FACTORS), title="inner learning rate")
+        for panel in panels:
+            panel.set_xticks([0, 0.5, 0.9])
     return result
 
 
