@@ -106,9 +106,12 @@ def name(settings: dict[str, Any]) -> str:
     return f"averaged {inner}" if settings["average"] else inner
 
 
-def final(records: list[Record]) -> dict[str, list[Record]]:
-    """The records of each optimizer on test text."""
-    return groups((r for r in records if r["settings"]["tested"]), lambda r: name(r["settings"]), PAPER)
+def final(records: list[Record]) -> list[tuple[str, list[Record]]]:
+    """The records of each optimizer, and of each setting of it, on test text; in the order of the paper's table."""
+    tested = (r for r in records if r["settings"]["tested"])
+    names = list(PAPER)
+    by = groups(tested, lambda r: (names.index(name(r["settings"])), outer(r["settings"]), r["settings"]["lr"]))
+    return [(names[at], runs) for (at, *_), runs in by.items()]
 
 
 def tables(records: list[Record]) -> list[Table]:
@@ -120,7 +123,7 @@ def table(records: list[Record]) -> Table:
     """Test perplexities, a row for each optimizer."""
     columns = {"test": "test_perplexity", "validation": "perplexity", "test, fast weights": "fast_test_perplexity"}
     result = Table(title(records), ["optimizer", "lr", "k, alpha", *columns, "paper: test, PTB"])
-    for optimizer, runs in final(records).items():
+    for optimizer, runs in final(records):
         s = runs[0]["settings"]
         cells = [cell(runs, column) if s["k"] or "fast" not in column else "" for column in columns.values()]
         result.rows.append([optimizer, f"{s['lr']:g}", outer(s), *cells, PAPER[optimizer]])
@@ -134,7 +137,7 @@ def outer(settings: dict[str, Any]) -> str:
 
 def title(records: list[Record]) -> str:
     """What was trained on what, and for how long."""
-    runs = next(iter(final(records).values()))
+    _, runs = final(records)[0]
     s = runs[0]["settings"]
     words = f", {s['limit']:,} words" if s["limit"] else ""
     sizes = f"{s['layers']} LSTM layers of {s['hidden']}, embedding {s['embedding']}"
@@ -159,7 +162,7 @@ def draw(records: list[Record]) -> Figure:
     with style():
         result = figure(7.2, 3.0)
         panels = dict(zip(("SGD", "Adam"), result.subplots(1, 2, sharey=True), strict=True))
-        for optimizer, runs in final(records).items():
+        for optimizer, runs in final(records):
             panel = panels[optimizer.split()[-1]]
             finished = [r["results"]["curves"]["loss"] for r in runs if "curves" in r["results"]]
             if finished:
