@@ -47,6 +47,7 @@ def test_adam_and_accumulation(kind, ranks, tmp_path):
         ("fsdp2", "schedule", "SGD"),
         ("fsdp2", "groups", "Adam"),
         ("fsdp1", "pullback", "SGD"),
+        ("ddp", "momentum", "SGD"),
         ("fsdp1", "momentum", "SGD"),
         ("fsdp2", "momentum", "Adam"),
         ("fsdp2_full", "momentum", "SGD"),
@@ -56,7 +57,8 @@ def test_adam_and_accumulation(kind, ranks, tmp_path):
 def test_the_modes_give_what_one_process_gives_and_resume_bit_for_bit(kind, mode, optimizer, ranks, tmp_path):
     ranks(2, train, kind, optimizer, tmp_path, mode=mode)
     end = loaded(tmp_path / "end.ckpt")
-    alone = (1, train, "tp") if kind == "tp" else (2, train, "ddp")  # the module for tensor parallelism is another one
+    # The module for tensor parallelism is another one.
+    alone = {"tp": (1, train, "tp"), "ddp": (1, train, "single")}.get(kind, (2, train, "ddp"))
     ranks(*alone, optimizer, tmp_path / "one", mode=mode)
     tolerance = 1e-5 if "fsdp1" in kind else 1e-11
     assert close(
