@@ -11,27 +11,23 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from . import saved_format
-from .names import names_in
-from .saved_format import OTHER, OUTER_MOMENTUM, Weights, joined, slow_dtype, without_words, word_key, words
+from .saved_format import OTHER, OUTER_MOMENTUM, Weights, slow_dtype, without_words
 from .settings import dtype_of
-from .sharding import named_shards, pieces
-from .tensors import checksum, copies, copy_, equal, local
+from .sharded_entries import ShardedEntries
+from .tensors import checksum, copies, copy_, equal
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Mapping, Sequence
+    from collections.abc import Collection, Mapping
 
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from .batch_norm import SlowStatistics
     from .cycles import Cycles
     from .momentum import Momentum
     from .parameters import Parameters
     from .settings import Settings
+    from .sharded_entries import Entries
     from .weight_pairs import WeightPairs
-
-
-Entries = dict[str, dict["Tensor", "Tensor"]]
-"""Name of an entry -> parameter -> value."""
 
 
 @dataclass
@@ -163,7 +159,8 @@ class Persistence:
         state = self.counters()
         if self.parameters.sharded:
             entries = {"weights": weights, "momentum": momentum}
-            state.update({part: self._cut(own, whole=whole) for part, own in entries.items()}, checksums={})
+            shards = ShardedEntries(self.parameters, self.settings.slow_dtype)
+            state.update({part: shards.cut(own, whole=whole) for part, own in entries.items()}, checksums={})
         else:
             state.update(self._named(weights, momentum))
         if self.statistics.names:
@@ -198,23 +195,6 @@ class Persistence:
         sums[self.saved_with] = {name: checksum(beside.get(p, p).to(p.dtype)) for p, name in names.items()}
         return {**named, "checksums": sums}
 
-    def _cut(self, entries: Entries, *, whole: bool) -> dict[str, dict[str, Any]]:
-        found: dict[str, dict[str, Any]] = {}
-        for entry, values in entries.items():
-            cut = {p: words(local([value])[0], p.dtype) for p, value in values.items()}
-            for index, level in enumerate(_levels(cut)):
-                found[word_key(entry, index)] = named_shards(self._module, level, whole=whole)
-        if not whole:
-            return found
-        words_of = {**found.get("slow", {}), **found.get(OUTER_MOMENTUM, {})}
-        dtypes = {name: slow_dtype(word.dtype, self.pairs.dtype) for name, word in words_of.items()}
-        return without_words(found, dtypes)
-
-    @property
-    def _module(self) -> nn.Module:
-        assert self.parameters.module is not None  # noqa: S101 (there is one where the weights are sharded)
-        return self.parameters.module
-
     # -- loading
 
     def load_state_dict(self, state: dict[str, Any], model: Mapping[str, Any] | None = None) -> None:
@@ -228,7 +208,13 @@ class Persistence:
             ValueError: If the state is damaged or of another model; nothing is changed then.
         """
         saved_format.check_state(state)
-        pending = self._by_piece(state) if self.parameters.sharded else self._by_parameter(state)
+        pending = Pending(state["steps"] > self.settings.start_step)
+        if self.parameters.sharded:
+            shards = ShardedEntries(self.parameters, state.get("slow_dtype"))
+            pending.weights.update(shards.weights(state.get("weights", {})))
+            pending.momentum.update(shards.momentum(state.get("momentum", {})))
+        else:
+            self._take(pending, state)
         pending.statistics = self._saved_statistics(state.get("statistics", {}))
         self.pairs.track_new()
         self.cycles.restore(state, self.pairs.counterparts)
@@ -272,9 +258,9 @@ class Persistence:
                 if value.shape == parameter.shape and _was_rounded(value, parameter):
                     pending.loaded[parameter] = value
 
-    def _by_parameter(self, state: dict[str, Any]) -> Pending:
+    def _take(self, pending: Pending, state: dict[str, Any]) -> None:
+        """Take the tensors of a state by parameter name, with their checksums."""
         parameters = {name: parameter for parameter, name in self.parameters.names().items()}
-        pending = Pending(state["steps"] > self.settings.start_step)
         chosen = dtype_of(state.get("slow_dtype"))
         dtypes = {name: slow_dtype(parameter.dtype, chosen) for name, parameter in parameters.items()}
         for part, into in (("weights", pending.weights), ("momentum", pending.momentum)):
@@ -287,49 +273,6 @@ class Persistence:
         )
         own = sums.get(beside, {})
         pending.checksums = {parameters[name]: value for name, value in own.items() if name in parameters}
-        return pending
-
-    def _by_piece(self, state: dict[str, Any]) -> Pending:
-        chosen = dtype_of(state.get("slow_dtype"))
-        pending = Pending(state["steps"] > self.settings.start_step)
-        for entry, levels in _by_level(state.get("weights", {})):
-            dtypes = {p: slow_dtype(p.dtype, chosen) if entry == "slow" else p.dtype for p in self._pieces_in(levels)}
-            base = {p: local([p])[0].to(dtype) for p, dtype in dtypes.items()}
-            pending.weights[entry] = self._pieces(levels, base)
-        for entry, levels in _by_level(state.get("momentum", {})):
-            zeros = {p: torch.zeros_like(local([p])[0]) for p in self._pieces_in(levels)}
-            wide = {p: slow_dtype(p.dtype, chosen if entry == OUTER_MOMENTUM else None) for p in zeros}
-            is_wide = entry == OUTER_MOMENTUM or len(levels) > 1
-            base = {p: zero.to(wide[p]) if is_wide else zero for p, zero in zeros.items()}
-            pending.momentum[entry] = self._pieces(levels, base)
-        return pending
-
-    def _pieces_in(self, levels: list[Mapping[str, Any]]) -> list[Tensor]:
-        """The parameters that an entry has a value for; an FSDP1 flat parameter stands for several."""
-        names = names_in(self._module)
-        return [
-            p
-            for p in self.parameters.listed
-            if getattr(p, "_is_flat_param", False) or not set(names.get(p, [])).isdisjoint(levels[0])
-        ]
-
-    def _pieces(self, levels: Sequence[Mapping[str, Any]], base: Mapping[Tensor, Tensor]) -> dict[Tensor, Tensor]:
-        """This rank's piece of each parameter's value: from whole tensors, shards, or shards cut into words."""
-        whole = not any(_is_shard(value) for level in levels for value in level.values())
-        if whole:
-            names = names_in(self._module)
-            own = {name: (p.dtype, base[p].dtype) for p in base for name in names.get(p, [])}
-            cut = {
-                name: words(value.to(own[name][1]), own[name][0]) for name, value in levels[0].items() if name in own
-            }
-            levels = _levels(cut)
-        based = {p: words(value, p.dtype) for p, value in base.items()}
-        found: dict[Tensor, list[Tensor]] = {p: [] for p in base}
-        for index, level in enumerate(_levels(based)):
-            named = levels[index] if index < len(levels) else {}
-            for p, piece in zip(level, pieces(self._module, level, named, whole=whole), strict=True):
-                found[p].append(piece)
-        return {p: joined(parts, base[p].dtype) for p, parts in found.items()}
 
     def _saved_statistics(self, saved: Mapping[str, Mapping[str, Tensor]]) -> dict[str, list[Tensor]]:
         names = self.statistics.names
@@ -446,22 +389,3 @@ def _was_rounded(value: Tensor, parameter: Tensor) -> bool:
         return False
     narrow = (value.to(dtype).to(parameter) for dtype in (torch.float32, torch.bfloat16, torch.float16))
     return any(torch.equal(rounded, parameter) for rounded in narrow)
-
-
-def _is_shard(value: object) -> bool:
-    return hasattr(value, "local_shards") or hasattr(value, "to_local")
-
-
-def _by_level(entries: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, list[Mapping[str, Any]]]]:
-    """Each entry and its levels: the first words of all tensors, the second words of tensors that have one, ..."""
-    for entry in [key for key in entries if "." not in key]:
-        levels = [entries[entry]]
-        while word_key(entry, len(levels)) in entries:
-            levels.append(entries[word_key(entry, len(levels))])
-        yield entry, levels
-
-
-def _levels(cut: Mapping[Any, list[Tensor]]) -> list[dict[Any, Tensor]]:
-    """Levels of words: the first of each tensor, the second of each that has one, ..."""
-    longest = max(map(len, cut.values()), default=0)
-    return [{key: parts[index] for key, parts in cut.items() if len(parts) > index} for index in range(longest)]
