@@ -145,9 +145,11 @@ class Cycles:
         self.update(pairs.counterparts)
         found = self.begun() if unfinished else self.ended() or list(self)
         for cycle in found:
-            # Of a cycle without a step nothing can be said of gradients, but momentum does not move what is frozen.
-            frozen = {p: None for p in pairs.idle if not p.requires_grad} if self._settings.outer_momentum else {}
-            cycle.split(pairs.idle if self.since(cycle) else frozen, pairs.outer_momentum)
+            idle = pairs.idle
+            if not self.since(cycle):  # nothing can be said of gradients, but momentum does not move what is frozen
+                frozen = (p for p in idle if self._settings.outer_momentum and not p.requires_grad)
+                idle = dict.fromkeys(frozen)
+            cycle.split(idle, pairs.outer_momentum)
         return found
 
     @property

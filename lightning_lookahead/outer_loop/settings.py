@@ -77,22 +77,19 @@ class Settings:
 
     def _check_momentum(self) -> None:
         """Raise if an option does not work with outer momentum."""
+        with_momentum = f"does not work with outer_momentum={self.outer_momentum}"
         if isinstance(self.alpha, AdaptiveAlpha):
-            option, reason = (
-                f"alpha={self.alpha}",
-                "it estimates the best point between phi and theta, and momentum ends",
+            message = (
+                f"alpha={self.alpha} {with_momentum}: it estimates the best point between phi and theta, and momentum"
+                " ends elsewhere. Give a number or a schedule."
             )
-            reason += " elsewhere. Give a number or a schedule"
-        elif self.pullback_momentum == "pullback":
-            option, reason = (
-                "pullback_momentum='pullback'",
-                "it moves the inner momentum a part alpha of the way, and the",
+            raise ValueError(message)  # noqa: TRY004 (it is the pair that is wrong)
+        if self.pullback_momentum == "pullback":
+            message = (
+                f"pullback_momentum='pullback' {with_momentum}: it moves the inner momentum a part alpha of the way,"
+                " and the weights go another distance. Give 'none' or 'reset'."
             )
-            reason += " weights go another distance. Give 'none' or 'reset'"
-        else:
-            return
-        message = f"{option} does not work with outer_momentum={self.outer_momentum}: {reason}."
-        raise ValueError(message)
+            raise ValueError(message)
 
     @property
     def takes_theta(self) -> bool:
