@@ -9,9 +9,7 @@ import pytest
 import sympy
 import torch
 from hypothesis import given, settings
-from lightning.pytorch import LightningModule
 from torch import nn
-from torch.utils.data import DataLoader
 
 from lightning_lookahead import LookaheadCallback, SlowWeights
 from lightning_lookahead.theory.loss import excess_loss, expected_loss
@@ -25,6 +23,7 @@ from lightning_lookahead.theory.noisy_quadratic import (
 from lightning_lookahead.theory.simulation import simulate
 from lightning_lookahead.theory.step_size import optimal_alpha
 from tests.helpers import strategies as some
+from tests.helpers.particles import Particles
 from tests.helpers.runs import make_trainer
 
 MODEL = {"learning_rate": 0.8, "curvature": [1.0, 0.5, 0.25], "noise_variance": [2.0, 0.5, 1.0]}
@@ -116,36 +115,12 @@ def test_the_same_seed_gives_the_same_particles_and_another_seed_others():
 # -- the callback itself
 
 
-class Particles(LightningModule):
-    """One weight for each particle and mode; the optimum of each is drawn anew in each step."""
-
-    def __init__(self, count):
-        super().__init__()
-        self.x = nn.Parameter(torch.zeros(count, 3, dtype=torch.float64))
-        self.curvature = torch.tensor(MODEL["curvature"], dtype=torch.float64)
-        self.deviation = torch.tensor(MODEL["noise_variance"], dtype=torch.float64).sqrt()
-        self.random = torch.Generator().manual_seed(5)
-
-    def training_step(self, batch, batch_idx):
-        optimum = self.deviation * torch.randn(self.x.shape, dtype=torch.float64, generator=self.random)
-        return (self.curvature * (self.x - optimum) ** 2).sum() / 2
-
-    def configure_optimizers(self):
-        return torch.optim.SGD([self.x], lr=MODEL["learning_rate"])
-
-    def train_dataloader(self):
-        return DataLoader(range(60))
-
-    def variance(self):
-        return self.x.detach().var(dim=0, correction=0).numpy()
-
-
 def test_the_callback_in_a_trainer_settles_at_the_predicted_variance_and_sgd_at_its_own():
-    module = Particles(PARTICLES)
+    module = Particles(PARTICLES, 60, **MODEL)
     make_trainer(max_epochs=1).fit(module)
     np.testing.assert_allclose(module.variance(), sgd_variance(**MODEL), rtol=0.01)
 
-    module, callback = Particles(PARTICLES), LookaheadCallback(k=5, alpha=0.5)
+    module, callback = Particles(PARTICLES, 60, **MODEL), LookaheadCallback(k=5, alpha=0.5)
     make_trainer(callback, max_epochs=1).fit(module)
     with callback.use_weights("slow"):  # after the 12th sync
         np.testing.assert_allclose(module.variance(), lookahead_variance(**MODEL, k=5, alpha=0.5), rtol=0.01)
