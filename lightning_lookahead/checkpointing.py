@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pickle
-import re
 import warnings
 import zipfile
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as load_shards
 
+from ._damage import damaged_part, forbidden_class, is_archive, is_whole, what_is_damaged
 from .outer_loop.names import bare
 from .outer_loop.saved_format import SHARDS, Weights, check_saved, check_weights, slow_dtype, upgrade, without_words
 from .outer_loop.settings import dtype_of
@@ -84,63 +84,7 @@ def newest_checkpoint(folder: str | os.PathLike[str], pattern: str = "*.ckpt") -
     _check_there(folder, "folder", "a folder of checkpoints")
     there = (path for path in Path(folder).glob(pattern) if path.exists())  # a link may lead nowhere
     by_age = sorted(there, key=lambda path: path.stat().st_mtime_ns, reverse=True)
-    return next((path for path in by_age if _is_whole(path)), None)
-
-
-def _is_whole(path: Path) -> bool:
-    try:
-        if path.is_dir():
-            return (path / "meta.pt").is_file() and _damaged_part(path / "meta.pt") is None and _has_all_shards(path)
-        return _damaged_part(path) is None if _is_archive(path) else _is_of_old(path)
-    except Exception:  # noqa: BLE001 (of a file that cannot be read; of a list of shards, a pickle, whatever is wrong)
-        return False
-
-
-def _is_archive(path: str | os.PathLike[str]) -> bool:
-    """Whether a file is a zip archive, as `torch.save` writes them, perhaps a damaged one."""
-    try:
-        return zipfile.is_zipfile(path)
-    except zipfile.BadZipFile:
-        return True
-
-
-def _is_of_old(path: Path) -> bool:
-    """Whether a file is a whole one of before torch 1.6: it has no checksums and has to be read."""
-    try:
-        torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # noqa: BLE001 (whatever a damaged file raises)
-        return _forbidden(error) is not None
-    return True
-
-
-def _has_all_shards(path: Path) -> bool:
-    """Whether each shard's file is as long as the folder's list says."""
-    ends: dict[str, int] = {}
-    for place in FileSystemReader(path).read_metadata().storage_data.values():
-        ends[place.relative_path] = max(ends.get(place.relative_path, 0), place.offset + place.length)
-    return all((path / name).is_file() and (path / name).stat().st_size >= end for name, end in ends.items())
-
-
-def _damaged_part(path: str | os.PathLike[str], ending: str = "") -> str | None:
-    """The name of the first part of a file that does not have its checksum in the file.
-
-    Args:
-        path: The file.
-        ending: Only parts whose names end so are read.
-    """
-    name = "its list of parts"
-    try:
-        with zipfile.ZipFile(path) as file:
-            for name in file.namelist():
-                if name.endswith(ending):
-                    with file.open(name) as part:
-                        while part.read(2**20):
-                            pass
-    except OSError:
-        raise
-    except Exception:  # noqa: BLE001 (whatever a damaged archive raises)
-        return name
-    return None
+    return next((path for path in by_age if is_whole(path)), None)
 
 
 def weights_in(checkpoint: dict[str, Any], weights: Weights, path: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -204,7 +148,7 @@ def _check_values(
 ) -> None:
     """Raise if a value lacks its checksum; with ``others_may_change`` only if the file itself is damaged, too."""
     wrong = next((name for name, value in values.items() if name in sums and checksum(value) != sums[name]), None)
-    if wrong is None or (others_may_change and (Path(path).is_dir() or _damaged_part(path) is None)):
+    if wrong is None or (others_may_change and (Path(path).is_dir() or damaged_part(path) is None)):
         return
     message = f"{path} is damaged: {wrong!r} does not have the values that it was saved with. Take another checkpoint."
     raise ValueError(message)
@@ -252,13 +196,13 @@ def read_checkpoint(path: str | os.PathLike[str], *, weights_only: bool) -> dict
             checkpoint = _read_shards(Path(path), weights_only=weights_only)
         else:
             # Of the parts only the names are checked here: the tensors have checksums of ours.
-            if _is_archive(path) and _damaged_part(path, "/data.pkl"):
+            if is_archive(path) and damaged_part(path, "/data.pkl"):
                 raise zipfile.BadZipFile  # noqa: TRY301 (reported below like other damage)
             checkpoint = _as_a_trainer_writes(torch.load(path, map_location="cpu", weights_only=weights_only))
     except Exception as error:
-        forbidden = _forbidden(error) if weights_only else None
+        forbidden = forbidden_class(error) if weights_only else None
         file = Path(path) / "meta.pt" if Path(path).is_dir() else Path(path)
-        if forbidden is not None and not (_is_archive(file) and _damaged_part(file)):
+        if forbidden is not None and not (is_archive(file) and damaged_part(file)):
             what, way = forbidden
             message = (
                 f"{path} is whole, and holds {what}, which weights_only=True does not allow. If you trust the file,"
@@ -266,7 +210,7 @@ def read_checkpoint(path: str | os.PathLike[str], *, weights_only: bool) -> dict
             )
             raise pickle.UnpicklingError(message) from error
         message = (
-            f"{path} cannot be read as a checkpoint: {_what_is_damaged(file)} ({type(error).__name__}: {error}). Take"
+            f"{path} cannot be read as a checkpoint: {what_is_damaged(file)} ({type(error).__name__}: {error}). Take"
             " another one: newest_checkpoint(folder) finds the newest that is whole."
         )
         raise ValueError(message) from error
@@ -284,37 +228,6 @@ def _as_a_trainer_writes(checkpoint: Any) -> Any:
         if "optimizer_states" not in checkpoint and KEY[0] in checkpoint:
             checkpoint["optimizer_states"] = [checkpoint.pop(KEY[0])]
     return checkpoint
-
-
-def _forbidden(error: Exception) -> tuple[str, str] | None:
-    """The class that ``torch.load(weights_only=True)`` has refused, if so, and how to allow it alone."""
-    blocked = re.search(r"unsupported GLOBAL ([\w.]+) whose module", str(error))
-    if blocked:
-        return blocked.group(1), ""
-    found = re.search(r"GLOBAL ([\w.]+) was not an allowed global|Unsupported class[: ]+([\w.]+)", str(error))
-    if not found:
-        return None
-    name = found.group(1) or found.group(2)
-    if name == "getattr":  # unpickles nested classes
-        return "an object of a class that is defined inside another one, or a method", ""
-    allow = f", or allow this class alone: torch.serialization.add_safe_globals([{name.rpartition('.')[2]}])"
-    return f"an object of class {name}", allow
-
-
-def _what_is_damaged(path: Path) -> str:
-    """What is wrong with a file, in a few words."""
-    if not path.is_file():
-        return f"{path.name} is missing"
-    if not path.stat().st_size:
-        return "it is empty"
-    if not _is_archive(path):
-        return "it is cut off, or no file of torch.save"
-    part = _damaged_part(path)
-    return (
-        "its shards are not whole"
-        if part is None and path.name == "meta.pt"
-        else f"{part or 'its structure'} is damaged"
-    )
 
 
 def _callback_state(checkpoint: dict[str, Any], path: str | os.PathLike[str]) -> dict[str, Any]:

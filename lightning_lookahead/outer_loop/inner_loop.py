@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import TYPE_CHECKING, Any
 
 from .cycles import KeptSettings
 from .inner_steps import is_rehearsal
 from .names import unwrapped
-from .persistence import WhenLoaded
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -135,7 +135,7 @@ class InnerLoop:
             ]
         if module is not None:
             named: Any = unwrapped(module)
-            self._hooks.append(named.register_load_state_dict_post_hook(WhenLoaded(self._persistence)))
+            self._hooks.append(named.register_load_state_dict_post_hook(_WhenLoaded(self._persistence)))
 
     def close(self) -> None:
         """Remove all hooks."""
@@ -153,3 +153,19 @@ class InnerLoop:
         self.__dict__.update({**state, "_hooks": []})
         if watches:
             self.watch(self._sync, self._module)
+
+
+class _WhenLoaded:
+    """Tells a `Persistence` that its module was loaded. A copy, pickled or deep, tells nobody."""
+
+    def __init__(self, persistence: Persistence | None = None) -> None:
+        self._persistence = weakref.ref(persistence) if persistence is not None else None
+
+    def __call__(self, *_: object) -> None:
+        """Put a pending state in its place."""
+        persistence = self._persistence() if self._persistence is not None else None
+        if persistence is not None:
+            persistence.when_loaded()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _WhenLoaded, ()

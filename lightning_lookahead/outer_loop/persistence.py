@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
-import weakref
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from . import saved_format
-from .saved_format import OTHER, OUTER_MOMENTUM, Weights, slow_dtype, without_words
+from .pending import Pending
+from .saved_format import OTHER, Weights, slow_dtype, without_words
 from .settings import dtype_of
 from .sharded_entries import ShardedEntries
-from .tensors import checksum, copies, copy_, equal
+from .tensors import checksum, copies, copy_
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
@@ -28,59 +27,6 @@ if TYPE_CHECKING:
     from .settings import Settings
     from .sharded_entries import Entries
     from .weight_pairs import WeightPairs
-
-
-@dataclass
-class Pending:
-    """A state that was loaded and waits for its model, which may be loaded later.
-
-    Attributes:
-        two_sets: Whether the saved run had begun its first cycle.
-        weights: Set -> parameter -> value.
-        momentum: Entry of the optimizer's state -> parameter -> value.
-        statistics: Set -> BatchNorm statistics, in the module's order.
-        checksums: Parameter -> CRC-32 of the value that the model was saved with, where it is known.
-        loaded: Parameter -> its value in the model's ``state_dict``, for parameters that rounded it in loading.
-        changed: Parameters whose value in the model's ``state_dict`` is not the one that was saved.
-        trained: Parameters that had a counterpart. Right after a sync they have no value in ``weights``.
-        idle: Parameters without a gradient since the last sync; ``None``: all parameters.
-        placed: Whether the state was put in its place once.
-        left_out: Parameters that kept the values that they had when the state was put in its place.
-    """
-
-    two_sets: bool
-    weights: dict[str, dict[Tensor, Tensor]] = field(default_factory=dict)
-    momentum: dict[str, dict[Tensor, Tensor]] = field(default_factory=dict)
-    statistics: dict[str, list[Tensor]] = field(default_factory=dict)
-    checksums: dict[Tensor, int] | None = None
-    loaded: dict[Tensor, Tensor] = field(default_factory=dict)
-    changed: set[Tensor] = field(default_factory=set)
-    trained: list[Tensor] = field(default_factory=list)
-    idle: list[Tensor] | None = field(default_factory=list)
-    placed: bool = False
-    left_out: set[Tensor] = field(default_factory=set)
-
-    @property
-    def in_place(self) -> bool:
-        """Whether the parameters hold the fast weights of this state, apart from those left out."""
-        fast = self.weights.get("fast", {})
-        return all(equal(p, value.to(p)) for p, value in fast.items() if p not in self.left_out)
-
-    @property
-    def parameters(self) -> dict[Tensor, None]:
-        """The parameters that have a weight or outer momentum here, in order."""
-        own = [*self.weights.values(), self.momentum.get(OUTER_MOMENTUM, {})]
-        return dict.fromkeys(parameter for values in own for parameter in values)
-
-    @property
-    def fits(self) -> bool:
-        """Whether the model has been loaded: whether the parameters hold the values that they were saved with."""
-        return self.checksums is not None and bool(self.parameters) and not self.unlike()
-
-    def unlike(self) -> set[Tensor]:
-        """The parameters that do not hold the values that they were saved with."""
-        known = self.checksums or {}
-        return self.changed | {p for p in self.parameters if p in known and checksum(p) != known[p]}
 
 
 @dataclass(eq=False)
@@ -345,36 +291,6 @@ class Persistence:
         self.statistics.start()
         for which, statistics in pending.statistics.items() if pending.two_sets else ():
             copy_(self.statistics.live if which == "fast" else self.statistics.counterparts, statistics)
-
-
-class Shards(dict[str, Any]):
-    """The state of sharded weights, which cannot be pickled: no run can resume from the shards of one rank."""
-
-    def __reduce_ex__(self, _: object) -> tuple[Any, ...]:
-        message = (
-            "SlowWeights.state_dict() holds this rank's shards, for torch.distributed.checkpoint: to pickle, as"
-            " Fabric.save does on one rank, give it SlowWeights.state_dict(whole=True)."
-        )
-        raise TypeError(message)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Shards:
-        return Shards({key: copy.deepcopy(value, memo) for key, value in self.items()})
-
-
-class WhenLoaded:
-    """Tells a `Persistence` that its module was loaded. A copy, pickled or deep, tells nobody."""
-
-    def __init__(self, persistence: Persistence | None = None) -> None:
-        self._persistence = weakref.ref(persistence) if persistence is not None else None
-
-    def __call__(self, *_: object) -> None:
-        """Put a pending state in its place."""
-        persistence = self._persistence() if self._persistence is not None else None
-        if persistence is not None:
-            persistence.when_loaded()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return WhenLoaded, ()
 
 
 def _agree(value: Tensor, other: Tensor) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -98,6 +99,20 @@ class ShardedEntries:
             for p, piece in zip(level, pieces(self._module, level, named, whole=whole), strict=True):
                 found[p].append(piece)
         return {p: joined(parts, base[p].dtype) for p, parts in found.items()}
+
+
+class Shards(dict[str, Any]):
+    """The state of sharded weights, which cannot be pickled: no run can resume from the shards of one rank."""
+
+    def __reduce_ex__(self, _: object) -> tuple[Any, ...]:
+        message = (
+            "SlowWeights.state_dict() holds this rank's shards, for torch.distributed.checkpoint: to pickle, as"
+            " Fabric.save does on one rank, give it SlowWeights.state_dict(whole=True)."
+        )
+        raise TypeError(message)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Shards:
+        return Shards({key: copy.deepcopy(value, memo) for key, value in self.items()})
 
 
 def _is_shard(value: object) -> bool:

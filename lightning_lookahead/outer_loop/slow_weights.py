@@ -14,9 +14,10 @@ from .inner_optimizer import check_optimizer
 from .momentum import Momentum
 from .nonfinite import all_finite, restore
 from .parameters import Parameters
-from .persistence import Persistence, Shards
+from .persistence import Persistence
 from .schedules import CycleLength, StepSize, describe
 from .settings import Buffers, Nonfinite, Settings, warn_of_differences
+from .sharded_entries import Shards
 from .weight_pairs import WeightPairs
 
 if TYPE_CHECKING:
@@ -33,12 +34,11 @@ if TYPE_CHECKING:
 class SlowWeights:
     """The outer loop of Lookahead around one optimizer: one slow tensor per trained parameter.
 
-    Every ``k`` inner steps it does Algorithm 1's `outer_step`. phi starts from the weights before the first step. An
-    inner step is a call of ``optimizer.step()`` that moved weights: one that a gradient scaler skipped, or before which
-    no parameter had a gradient, does not count.
+    Every ``k`` inner steps it does Algorithm 1's `outer_step`. phi starts from the weights before the first step. A call
+    of ``optimizer.step()`` is an inner step if it moved weights: not if a scaler skipped it, or without any gradient.
 
-    To resume, save the model, the optimizer and this object; build the three anew and load each one's ``state_dict``,
-    in any order. The optimizer's is what it is without this object.
+    To resume, save the model, the optimizer and this object (the optimizer's ``state_dict`` is what it is without it);
+    build the three anew and load each one's in any order.
 
     Args:
         optimizer: The inner optimizer, any `torch.optim.Optimizer`. Its parameters must be where they will be trained
@@ -226,8 +226,8 @@ class SlowWeights:
             raise RuntimeError(message)
         self.persistence.begin()
         due = self.cycles.to_sync(self.pairs, unfinished=unfinished)
-        nonfinite = self.settings.nonfinite  # all cycles are checked before one moves: an error leaves all as they were
-        finite = [all_finite(cycle.moving, nonfinite, self.parameters) for cycle in due]
+        # All cycles are checked before one moves: an error leaves all as they were.
+        finite = [all_finite(cycle.moving, self.settings.nonfinite, self.parameters) for cycle in due]
         if self._measure_distance:
             self.last_distance = self.pairs.distance()
         alphas = [self.alpha.of(cycle) if is_finite else None for cycle, is_finite in zip(due, finite, strict=True)]
@@ -239,7 +239,7 @@ class SlowWeights:
                 if cycle is self.cycles.first:
                     self.statistics.sync(min(alpha, 1.0))  # further than the fast ones a variance may be negative
                 cycle.syncs += 1
-            elif nonfinite == "restore":
+            elif self.settings.nonfinite == "restore":
                 restore(cycle.moving, self.pairs, self._momentum, self.statistics)
             self.pairs.end_cycle(cycle.weights, cycle.still)
             self.cycles.begin_next(cycle)
