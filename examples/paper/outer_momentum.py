@@ -45,8 +45,8 @@ PARTS = 24
 
 
 @dataclass(frozen=True)
-class ImageSettings(training.Settings):
-    """One run on images.
+class OuterSettings:
+    """What the settings of both tasks have beside their own.
 
     Args:
         outer_momentum: Of the outer step, Nesterov's.
@@ -58,16 +58,13 @@ class ImageSettings(training.Settings):
 
 
 @dataclass(frozen=True)
-class WordSettings(word_training.Settings):
-    """One run on words.
+class ImageSettings(OuterSettings, training.Settings):
+    """One run on images."""
 
-    Args:
-        outer_momentum: Of the outer step, Nesterov's.
-        factor: What the tuned learning rate was multiplied by.
-    """
 
-    outer_momentum: float = 0.0
-    factor: float = 1.0
+@dataclass(frozen=True)
+class WordSettings(OuterSettings, word_training.Settings):
+    """One run on words."""
 
 
 Settings = ImageSettings | WordSettings
