@@ -59,7 +59,7 @@ class Cycle:
         own = {p: phi for p, phi in self.weights.items() if p not in self.still} if self.still else self.weights
         fast, slow, known = list(own), list(own.values()), self.moving
         momentum = buffers.of(fast, slow)
-        same = _same([*known.fast, *known.slow], [*fast, *slow]) and _same(_b(known.outer_momentum), _b(momentum))
+        same = _same(known.fast, fast) and _same(known.slow, slow) and _same(_b(known.outer_momentum), _b(momentum))
         if not same or (known.buckets is not None and not known.buckets.fit):
             if known.buckets is not None:
                 known.buckets.release()

@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 class SlowWeights:
     """The outer loop of Lookahead around one optimizer: one slow tensor per trained parameter.
 
-    Every ``k`` inner steps it does Algorithm 1's `outer_step`. phi starts from the weights before the first step. A call
-    of ``optimizer.step()`` is an inner step if it moved weights: not if a scaler skipped it, or without any gradient.
+    Every ``k`` inner steps it does Algorithm 1's `outer_step`. phi starts from the weights before the first step. An
+    inner step is a call of ``optimizer.step()`` that moved weights, not one that a scaler skipped or without gradients.
 
     To resume, save the model, the optimizer and this object (the optimizer's ``state_dict`` is what it is without it);
     build the three anew and load each one's in any order.
