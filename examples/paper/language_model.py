@@ -25,7 +25,7 @@ from lab.text import Text, load, unigram_perplexity
 from lab.word_training import Settings, train
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from matplotlib.figure import Figure
 
@@ -110,7 +110,7 @@ def final(records: list[Record]) -> list[tuple[str, list[Record]]]:
     """The records of each optimizer, and of each setting of it, on test text; in the order of the paper's table."""
     tested = (r for r in records if r["settings"]["tested"])
     names = list(PAPER)
-    by = groups(tested, lambda r: (names.index(name(r["settings"])), outer(r["settings"]), r["settings"]["lr"]))
+    by = groups(tested, lambda r: (names.index(name(r["settings"])), *order(r["settings"])))
     return [(names[at], runs) for (at, *_), runs in by.items()]
 
 
@@ -130,6 +130,11 @@ def table(records: list[Record]) -> Table:
     return result
 
 
+def order(settings: dict[str, Any]) -> tuple[float, ...]:
+    """Runs of one optimizer by k and alpha, without Lookahead first, then by learning rate."""
+    return settings["k"], settings["k"] and settings["alpha"], settings["lr"]
+
+
 def outer(settings: dict[str, Any]) -> str:
     """The k and alpha of a run with Lookahead."""
     return f"{settings['k']}, {settings['alpha']:g}" if settings["k"] else ""
@@ -147,7 +152,7 @@ def title(records: list[Record]) -> str:
 def grid_table(records: list[Record]) -> Table:
     """What tuning saw: validation perplexity, lr down, without Lookahead and with each k and alpha across."""
     tuning = [r for r in records if not r["settings"]["tested"]]
-    columns = groups(tuning, lambda r: outer(r["settings"]))
+    columns = [outer(runs[0]["settings"]) for runs in groups(tuning, lambda r: order(r["settings"])[:2]).values()]
     headings = [f"k, alpha: {name}" if name else "alone" for name in columns]
     result = Table("Tuning: perplexity on validation text, one seed", ["inner optimizer", "lr", *headings])
     for (optimizer, lr), runs in groups(tuning, lambda r: (r["settings"]["optimizer"], r["settings"]["lr"])).items():
@@ -160,21 +165,25 @@ def grid_table(records: list[Record]) -> Table:
 def draw(records: list[Record]) -> Figure:
     """Validation perplexity after every epoch, mean and standard deviation over seeds, by inner optimizer."""
     with style():
-        result = figure(7.2, 3.0)
+        result = figure(7.2, 3.8)
         panels = dict(zip(("SGD", "Adam"), result.subplots(1, 2, sharey=True), strict=True))
+        lines: dict[str, Iterator[str]] = {}  # an optimizer may have runs of several settings
         for optimizer, runs in final(records):
             panel = panels[optimizer.split()[-1]]
+            line = next(lines.setdefault(optimizer, iter(("-", "--", ":", "-."))))
+            around = outer(runs[0]["settings"])
+            label = f"{optimizer}, k {around.replace(',', ', alpha')}" if around else optimizer
             finished = [r["results"]["curves"]["loss"] for r in runs if "curves" in r["results"]]
             if finished:
                 curves = [list(map(math.exp, curve)) for curve in finished]
                 marker = "o" if len(curves[0]) <= 20 else None  # noqa: PLR2004 (with more they hide the line)
-                band(panel, curves, optimizer, color=COLOURS[optimizer], marker=marker, markersize=3)
+                band(panel, curves, label, color=COLOURS[optimizer], marker=marker, markersize=3, linestyle=line)
         for panel in panels.values():
             panel.set(xlabel="epoch", yscale="log")
             panel.xaxis.get_major_locator().set_params(integer=True)
             panel.yaxis.set_major_formatter("{x:g}")
             panel.yaxis.set_minor_formatter("{x:g}")
-            panel.legend()
+            panel.legend(loc="lower left", bbox_to_anchor=(0, 1))
         panels["SGD"].set_ylabel("validation perplexity")
     return result
 
