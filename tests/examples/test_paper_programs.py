@@ -20,6 +20,7 @@ RUNS = {  # how many records a smoke run with one seed leaves
     "language_model": 2 * (1 + 4) + 5,
     "momentum_at_sync": 4,
     "noisy_quadratic": 3 + 2,
+    "outer_momentum": 2 * (1 + 2 + 3 * 6 + 3 * 5),
     "quadratic_momentum": 2 * 2 * 4,
     "robustness": 11,
 }
