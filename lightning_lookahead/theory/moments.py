@@ -5,6 +5,7 @@ In closed form, for learning rates with which SGD converges. `noisy_quadratic` s
 
 from __future__ import annotations
 
+import operator
 from typing import TYPE_CHECKING, NamedTuple, SupportsIndex
 
 import numpy as np
@@ -62,6 +63,7 @@ def lookahead_variance(
     alpha: float,
     momentum: float = 0.0,
     nesterov: bool = True,
+    workers: SupportsIndex = 1,
 ) -> NDArray[np.float64]:
     """The variance that phi settles at under Lookahead around SGD: `sgd_variance` times a factor below 1.
 
@@ -77,6 +79,7 @@ def lookahead_variance(
         alpha: Slow weights step size, in (0, 1]; with momentum above 0.
         momentum: Outer momentum mu, in [0, 1); 0 is Lookahead.
         nesterov: Whether it is Nesterov's.
+        workers: Runs that train apart, of whose weights a sync takes the mean; at least 1. It divides the noise.
 
     Returns:
         Variances of phi, of shape (d,).
@@ -91,6 +94,7 @@ def lookahead_variance(
     Source: Zhang, Lucas, Hinton, Ba 2019, noisy quadratic model.
     """
     variance = sgd_variance(learning_rate=learning_rate, curvature=curvature, noise_variance=noise_variance)
+    variance /= check_integer(workers, "workers", 1, "the runs that train apart")
     if check_momentum(momentum):
         c = way_gone(learning_rate * check_curvature(curvature), check_k(k))
         alpha = check_positive(alpha, "alpha")
@@ -154,6 +158,7 @@ def lookahead_trajectory(
     initial_variance: ArrayLike = 0.0,
     momentum: float = 0.0,
     nesterov: bool = True,
+    workers: SupportsIndex = 1,
 ) -> Moments:
     """Mean and variance of phi under Lookahead around SGD, from the start to after the last sync.
 
@@ -168,6 +173,7 @@ def lookahead_trajectory(
         initial_variance: Of the weights at the start, of shape (d,), at least 0; or a number.
         momentum: Outer momentum mu, in [0, 1); 0 is Lookahead.
         nesterov: Whether it is Nesterov's.
+        workers: Runs that train apart, of whose weights a sync takes the mean; at least 1. It divides the noise.
 
     Returns:
         Two arrays of shape (syncs + 1, d), a row for each sync, ``k`` inner steps apart.
@@ -194,6 +200,7 @@ def lookahead_trajectory(
         alpha=alpha,
         momentum=momentum,
         nesterov=nesterov,
+        workers=workers,
     )
     if momentum:
         matrix = outer_matrix(
@@ -202,7 +209,8 @@ def lookahead_trajectory(
         g = noise_vector(alpha, momentum, nesterov=nesterov)
         variance = sgd_variance(learning_rate=learning_rate, curvature=curvature, noise_variance=noise_variance)
         c = matrix[:, 1, 0]
-        return _outer_trajectory(matrix, variance * c * (2 - c), g, times, initial_mean, initial_variance)
+        noise = variance * c * (2 - c) / operator.index(workers)
+        return _outer_trajectory(matrix, noise, g, times, initial_mean, initial_variance)
     contraction = 1 - alpha + alpha * (1 - learning_rate * check_curvature(curvature)) ** check_k(k)
     return _trajectory(contraction, limit, times, initial_mean, initial_variance)
 

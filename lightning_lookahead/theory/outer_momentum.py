@@ -18,6 +18,9 @@ with ``V`` for that of SGD::
     V (1 + r) alpha (1 + mu + alpha c mu (1 + 2 mu)) / ((1 - mu + alpha c mu) (2 (1 + mu) - alpha c (1 + 2 mu)))
     V (1 + r) alpha (1 + mu)                         / ((1 - mu)              (2 (1 + mu) - alpha c))
 
+Workers that train apart and meet at the sync: phi goes towards the mean of their weights. So the noise N is divided by
+their number, and the variance with it.
+
 Source: derived for this package from SNOO's outer step (arXiv 2510.15830) and the noisy quadratic model of Zhang,
 Lucas, Hinton, Ba 2019; with a mu of 0 it is the paper's.
 """

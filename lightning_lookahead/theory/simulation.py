@@ -27,6 +27,7 @@ def simulate(
     seed: int,
     momentum: float = 0.0,
     nesterov: bool = True,
+    workers: SupportsIndex = 1,
 ) -> NDArray[np.float64]:
     """The slow weights of many independent runs of Algorithm 1 around SGD; with ``k=1, alpha=1`` of SGD itself.
 
@@ -44,6 +45,7 @@ def simulate(
         seed: Of the random numbers.
         momentum: Outer momentum mu, in [0, 1); 0 is Lookahead.
         nesterov: Whether it is Nesterov's.
+        workers: Runs that train apart, of whose weights a sync takes the mean; at least 1.
 
     Returns:
         phi after the last sync, of shape (particles, d).
@@ -68,11 +70,12 @@ def simulate(
     rows = check_integer(particles, "particles", 1, "the number of runs")
     random = np.random.default_rng(seed)
     phi, b = np.tile(start, (rows, 1)), np.zeros((rows, len(start)))
+    apart = check_integer(workers, "workers", 1, "the runs that train apart")
     for _ in range(check_integer(syncs, "syncs", 0, "the syncs")):
-        theta = phi.copy()
+        theta = np.tile(phi, (apart, 1, 1))
         for _ in range(k):
             theta -= rate * a * (theta - deviation * random.standard_normal(theta.shape))
-        s = phi - theta
+        s = phi - theta.mean(0)
         b = mu * b + s
         phi -= alpha * (s + mu * b if nesterov else b)
     return phi

@@ -75,6 +75,19 @@ def test_means_and_variances_on_the_way_are_those_of_many_particles(loop):
         np.testing.assert_allclose(phi.var(axis=0), way.variance[syncs], rtol=0.015, atol=1e-12)
 
 
+@pytest.mark.parametrize("momentum", [0.0, 0.6])
+@pytest.mark.parametrize("workers", [3, 8])
+def test_workers_that_train_apart_divide_the_variance(workers, momentum):
+    loop = {"k": 5, "alpha": 0.7, "momentum": momentum}
+    phi = simulate(**MODEL, **loop, syncs=40, initial_mean=1.0, particles=PARTICLES // 4, seed=0, workers=workers)
+    predicted = lookahead_variance(**MODEL, **loop, workers=workers)
+    np.testing.assert_allclose(phi.var(0), predicted, rtol=0.04)
+    np.testing.assert_allclose(predicted, lookahead_variance(**MODEL, **loop) / workers, rtol=1e-14)
+    way = lookahead_trajectory(**MODEL, **loop, syncs=40, initial_mean=1.0, workers=workers)
+    np.testing.assert_allclose(way.variance[-1], predicted, rtol=1e-6)
+    np.testing.assert_array_equal(way.mean, lookahead_trajectory(**MODEL, **loop, syncs=40, initial_mean=1.0).mean)
+
+
 def test_a_known_number():
     one = {"learning_rate": 0.5, "curvature": 1.0, "noise_variance": 1.0, "k": 5, "alpha": 0.7, "momentum": 0.6}
     assert lookahead_variance(**one)[0] == pytest.approx(0.4356, abs=5e-5)
@@ -179,6 +192,7 @@ def test_the_risk_grows_with_the_learning_rate_so_that_there_is_one_for_each(mu,
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
+        ({"workers": 0}, "workers=0 is out of range"),
         ({"momentum": 1.0}, r"momentum=1.0 is out of range: it must be a number in \[0, 1\)"),
         ({"momentum": -0.5}, "momentum=-0.5 is out of range"),
         ({"alpha": 0.0}, "alpha=0.0 is out of range: it must be a finite number above 0"),
