@@ -13,6 +13,10 @@ from collections.abc import Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
+import torch
+from torch import distributed
+from torch.utils.data import IterableDataset
+
 if TYPE_CHECKING or "pytorch_lightning" not in sys.modules or "lightning.pytorch" in sys.modules:
     from lightning.fabric.utilities.data import sized_len
     from lightning.pytorch import Callback
@@ -150,6 +154,32 @@ def has_run_a_batch(trainer: Trainer) -> bool:
     fit = trainer.fit_loop.epoch_loop
     loops = fit, fit.val_loop, trainer.validate_loop, trainer.test_loop, trainer.predict_loop
     return any(loop.batch_progress.total.ready for loop in loops)
+
+
+def has_certain_length(trainer: Trainer) -> bool:
+    """Whether it is known how many batches the training loaders have: a stream's length may be wrong."""
+    loader = combined_loader(trainer.fit_loop)
+    if loader is None or sized_len(loader) is None:
+        return False
+    return not any(isinstance(getattr(one, "dataset", None), IterableDataset) for one in loader.flattened)
+
+
+@contextmanager
+def joining_batch(trainer: Trainer) -> Iterator[None]:
+    """Take part in what Lightning begins each batch with, a broadcast of whether a signal to end has come.
+
+    A rank that has another batch waits in it for those that have none, which are inside the ``with`` block.
+    """
+    ends = torch.tensor([0], device=trainer.strategy.root_device)
+    joined = distributed.broadcast(ends, src=0, async_op=True)
+    yield
+    joined.wait()
+
+
+def steps_by_itself(pl_module: LightningModule) -> bool:
+    """Whether the module's own code says when an optimizer steps."""
+    own = type(pl_module).optimizer_step
+    return not pl_module.automatic_optimization or not own.__module__.startswith(("lightning.", "pytorch_lightning."))
 
 
 def writes_folders(strategy: Strategy) -> bool:

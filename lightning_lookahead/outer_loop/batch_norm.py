@@ -11,6 +11,8 @@ from .names import bare, unwrapped
 from .tensors import copies, copy_, exchange_, not_finite
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor, nn
 
     from .settings import Settings
@@ -37,12 +39,15 @@ class SlowStatistics:
     Lightning replaces them when it moves the module.
     """
 
-    def __init__(self, module: nn.Module | None, settings: Settings) -> None:
+    def __init__(
+        self, module: nn.Module | None, settings: Settings, share: Callable[[list[Tensor]], None] | None = None
+    ) -> None:
         syncs = settings.buffers == "sync"
         if syncs:
             check_statistics(module, "buffers='sync'")
         self._module = module if syncs else None
         self._counterparts = copies(self.live)
+        self._share = share
 
     @property
     def live(self) -> list[Tensor]:
@@ -72,7 +77,9 @@ class SlowStatistics:
         copy_(self.counterparts, self.live)
 
     def sync(self, alpha: float) -> None:
-        """Do the outer step, unless a statistic of the module is NaN or infinite."""
+        """Do the outer step, unless a statistic of the module is NaN or infinite; share what ranks share before it."""
+        if self._share is not None:
+            self._share(self.counterparts)
         if not not_finite(self.live):
             outer_step(self.live, self.counterparts, alpha)
 

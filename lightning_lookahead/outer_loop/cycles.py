@@ -78,10 +78,13 @@ class Cycles:
         optimizer: The inner optimizer.
         settings: ``k`` and ``alpha`` for groups without their own, and ``start_step``.
         parameters: The optimizer's parameters.
+        attempts: Whether a step counts that was attempted and moved nothing.
     """
 
-    def __init__(self, optimizer: Optimizer, settings: Settings, parameters: Parameters) -> None:
-        self._optimizer, self.steps = optimizer, InnerSteps(optimizer, parameters)
+    def __init__(
+        self, optimizer: Optimizer, settings: Settings, parameters: Parameters, *, attempts: bool = False
+    ) -> None:
+        self._optimizer, self.steps = optimizer, InnerSteps(optimizer, parameters, attempts=attempts)
         self._settings, self._start = settings, settings.start_step
         self._by_settings: dict[tuple[Any, Any], Cycle] = {}
         self.update({})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from .cycles import KeptSettings
@@ -10,7 +11,7 @@ from .inner_steps import is_rehearsal
 from .names import unwrapped
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from torch import nn
     from torch.optim import Optimizer
@@ -69,6 +70,17 @@ class InnerLoop:
         if not has_closure:  # a closure computes the gradients within the step
             self._pairs.note_gradients()
 
+    @contextmanager
+    def attempt(self) -> Iterator[None]:
+        """Count what happens inside the ``with`` block as one call of ``optimizer.step()``, if there is none, too."""
+        self._steps.attempting = True
+        try:
+            self._before_step(self._optimizer, (), {"closure": self})
+            yield
+            self._after_step()
+        finally:
+            self._steps.attempting = False
+
     def _begin(self, *, computes: bool) -> None:
         """Begin or resume training: a loaded state takes its place for good.
 
@@ -114,6 +126,11 @@ class InnerLoop:
     def watches(self) -> bool:
         """Whether steps are counted: from `watch` until `close`."""
         return bool(self._hooks)
+
+    @property
+    def attempting(self) -> bool:
+        """Whether an `attempt` is under way."""
+        return self._steps.attempting
 
     def watch(self, sync: Callable[[], None] | None, module: nn.Module | None) -> None:
         """Begin to watch.

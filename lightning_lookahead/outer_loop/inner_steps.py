@@ -1,4 +1,4 @@
-"""Counting inner steps: the calls of ``optimizer.step()`` that moved weights."""
+"""Counting inner steps: the calls of ``optimizer.step()`` that moved weights, or all that were attempted."""
 
 from __future__ import annotations
 
@@ -37,14 +37,18 @@ class InnerSteps:
     """Counts the real steps of one optimizer.
 
     A step does not count if no parameter had a gradient (Lightning calls ``step()`` all the same when
-    ``training_step`` returned None) or if a gradient scaler skipped it.
+    ``training_step`` returned None) or if a gradient scaler skipped it. With ``attempts`` it counts all the same.
+
+    Attributes:
+        attempting: Whether a step is under way that counts even if ``optimizer.step()`` is never called in it.
     """
 
-    def __init__(self, optimizer: Optimizer, parameters: Parameters) -> None:
+    def __init__(self, optimizer: Optimizer, parameters: Parameters, *, attempts: bool = False) -> None:
         self._optimizer = optimizer
         self._total = 0
         self._skipped: Tensor | None = None  # skipped inside fused kernels: summed on the device, not read yet
         self._depth = 0
+        self._attempts, self.attempting = attempts, False
         self._moves = False
         self._backward = BackwardSeen.where_needed(parameters.module, parameters.listed)
 
@@ -66,7 +70,7 @@ class InnerSteps:
             moves: Whether parameters have their gradients already; ``False`` if a closure is to compute them.
         """
         if self._depth:
-            self._depth = self._calls_under_way() - 1  # a call that raised has not ended
+            self._depth = self._calls_under_way() - 1 + self.attempting  # a call that raised has not ended
         self._depth += 1
         if self._depth == 1:
             self._moves = moves
@@ -87,10 +91,12 @@ class InnerSteps:
         self._moves = self._moves or self.has_gradient  # an inner call may clear its gradients
         if self._backward is not None:
             self._backward.since_last = False
-        if self._depth or not self._moves:
+        if self._depth or not (self._moves or self._attempts):
             return False
         self._moves = False
         self._total += 1
+        if self._attempts:
+            return True
         # A fused optimizer skips inside its kernel. The flag stays on the device: reading it here would wait.
         found_inf: Tensor | None = getattr(self._optimizer, "found_inf", None)
         if found_inf is not None:

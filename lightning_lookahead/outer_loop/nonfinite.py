@@ -14,15 +14,17 @@ if TYPE_CHECKING:
     from .parameters import Parameters
     from .settings import Nonfinite
     from .weight_pairs import Moving, WeightPairs
+    from .workers import Workers
 
 
-def all_finite(moving: Moving, nonfinite: Nonfinite, parameters: Parameters) -> bool:
+def all_finite(moving: Moving, nonfinite: Nonfinite, parameters: Parameters, workers: Workers | None = None) -> bool:
     """Whether all fast weights are finite; if not, warn, or raise if ``nonfinite`` says so.
 
     Args:
         moving: The weights that the sync moves; may be none.
         nonfinite: ``"raise"`` raises; ``"skip"`` and ``"restore"`` warn.
         parameters: Names for the message. If they are sharded, all ranks take part and get one answer.
+        workers: Ranks that train apart: they get one answer, too.
 
     Raises:
         RuntimeError: With the name of the first parameter that is not finite.
@@ -31,6 +33,8 @@ def all_finite(moving: Moving, nonfinite: Nonfinite, parameters: Parameters) -> 
     found = bool(bad)
     if parameters.sharded and nonfinite != "raise":  # a rank without a piece takes part, too
         found = any_rank(found, parameters.device)
+    if workers is not None:
+        found = workers.any(found)
     if not found:
         return True
     first = parameters.describe(moving.fast[bad[0]]) if bad else "A parameter on another rank"

@@ -24,9 +24,9 @@ A parameter without a name goes by its place in the optimizer, ``"[0]"``. A shar
 weight of a wider dtype is cut into words, ``"slow"``, ``"slow.1"``, ...
 
 The callback's state in a Lightning checkpoint: ``lookahead_version``, its settings, ``optimizers`` (for each the state
-of its outer loop), ``aliases`` (lists of names that share a parameter), ``monitor``. A file has tensors there. A folder
-of shards has them in the state of the first optimizer, under `SHARDS`, beside ``state`` and ``param_groups``: torch and
-Lightning ignore that key.
+of its outer loop), ``aliases`` (lists of names that share a parameter), ``monitor``, and under `WORKERS` what
+other ranks have of their own. A file has tensors there. A folder of shards has them in the state of the first
+optimizer, under `SHARDS`, beside ``state`` and ``param_groups``: torch and Lightning ignore that key.
 """
 
 from __future__ import annotations
@@ -59,6 +59,14 @@ TENSORS = ("weights", "momentum", "statistics")
 
 OUTER_MOMENTUM = "outer"
 """Key of b in the ``momentum`` of a state, beside the entries of the inner optimizer."""
+
+WORKERS = "workers"
+"""Key of what ranks that train apart have of their own: a list of the second rank's, the third's and so on.
+
+Each has ``optimizers`` (the states of its outer loops, without phi and b), ``buffers`` (name -> tensor) and
+``ordinary`` (what stands in its place in the checkpoint: ``optimizer_states``, ``lr_schedulers``, the precision
+plugin's state).
+"""
 
 GROUP_SETTINGS = ("lookahead_k", "lookahead_alpha")
 """Keys that a param group may have."""
@@ -128,6 +136,12 @@ def check_saved(state: object, where: object = "The checkpoint") -> None:
         _refuse(f"{where} has damaged Lookahead state: its counters ('optimizers') are missing")
     for counters in state["optimizers"]:
         check_state(counters)
+    for own in state.get(WORKERS, []):
+        whole = isinstance(own, dict) and all(isinstance(own.get(key), dict) for key in ("buffers", "ordinary"))
+        if not whole or len(own.get("optimizers", [])) != len(state["optimizers"]):
+            _refuse(f"{where} has damaged Lookahead state: what a rank has of its own ({WORKERS!r}) is incomplete")
+        for counters in own["optimizers"]:
+            check_state(counters)
     check_weights(state.get("eval_weights", "(missing)"), f"{where}: eval_weights")
 
 

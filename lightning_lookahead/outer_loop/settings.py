@@ -113,7 +113,7 @@ class Settings:
 
 def warn_of_differences(saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
     """Warn once if a run resumes with settings that differ from the saved ones; unsaved ones are passed over."""
-    before, now = ({"outer_momentum": 0.0, **settings} for settings in (saved, own))
+    before, now = ({"outer_momentum": 0.0, "share_gradients": True, **settings} for settings in (saved, own))
     changed = [
         f"{name} was {before[name]!r} and is {now[name]!r}" for name in now if before.get(name, now[name]) != now[name]
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from lightning_lookahead._arguments import PullbackMomentum
 
     from .saved_format import Weights
+    from .workers import Workers
 
 
 class SlowWeights:
@@ -68,6 +70,10 @@ class SlowWeights:
             them alone, ``"sync"`` moves them as the weights.
         loss: Computes the training loss at the weights that the parameters hold, for an `AdaptiveAlpha`.
         measure_distance: Keep the distance between theta and phi just before each sync in ``last_distance``.
+        workers: Ranks that train apart: a sync moves phi towards the mean of their fast weights. All ranks sync
+            together, so that an inner step is counted as soon as it is attempted.
+        share_buffers: Called at a sync of the optimizer's first group with its slow BatchNorm statistics, if there are
+            some: those ranks share their buffers in it.
 
     Raises:
         TypeError: If ``optimizer`` is not a torch optimizer.
@@ -110,15 +116,18 @@ class SlowWeights:
         buffers: Buffers = "keep",
         loss: Callable[[], Tensor] | None = None,
         measure_distance: bool = False,
+        workers: Workers | None = None,
+        share_buffers: Callable[[list[Tensor]], None] | None = None,
     ) -> None:
         check_optimizer(optimizer)
         self.settings = settings = Settings.among(locals())
         self.optimizer, self._measure_distance = optimizer, measure_distance
         self.last_distance: Tensor | None = None
+        self._workers = workers
         self.parameters = Parameters(optimizer, module)
         self.pairs = WeightPairs(optimizer, settings, exclude, shared)
-        self.cycles = Cycles(optimizer, settings, self.parameters)
-        self.statistics = SlowStatistics(module, settings)
+        self.cycles = Cycles(optimizer, settings, self.parameters, attempts=workers is not None)
+        self.statistics = SlowStatistics(module, settings, share_buffers)
         self._momentum = Momentum(
             optimizer, pullback_momentum, sharded=self.parameters.sharded, restores=nonfinite == "restore"
         )
@@ -225,24 +234,38 @@ class SlowWeights:
             message = "sync() was called while the parameters hold the slow weights: leave use('slow') first."
             raise RuntimeError(message)
         self.persistence.begin()
+        if self._workers is not None:
+            self._meet(self._workers)
         due = self.cycles.to_sync(self.pairs, unfinished=unfinished)
         # All cycles are checked before one moves: an error leaves all as they were.
-        finite = [all_finite(cycle.moving, self.settings.nonfinite, self.parameters) for cycle in due]
+        finite = [all_finite(cycle.moving, self.settings.nonfinite, self.parameters, self._workers) for cycle in due]
         if self._measure_distance:
             self.last_distance = self.pairs.distance()
         alphas = [self.alpha.of(cycle) if is_finite else None for cycle, is_finite in zip(due, finite, strict=True)]
         for cycle, alpha in zip(due, alphas, strict=True):
             if alpha is not None:
                 with self.pairs.at_hand(cycle.moving) as moving:
-                    outer_step(moving.fast, moving.slow, alpha, moving.outer_momentum, buckets=moving.buckets)
+                    step = outer_step if self._workers is None else self._workers.outer_step
+                    step(moving.fast, moving.slow, alpha, moving.outer_momentum, buckets=moving.buckets)
                 self._momentum.after_sync(cycle.moving.fast, alpha)
                 if cycle is self.cycles.first:
                     self.statistics.sync(min(alpha, 1.0))  # further than the fast ones a variance may be negative
                 cycle.syncs += 1
             elif self.settings.nonfinite == "restore":
                 restore(cycle.moving, self.pairs, self._momentum, self.statistics)
+            if self._workers is not None:
+                self._workers.take_firsts(list(cycle.still))
             self.pairs.end_cycle(cycle.weights, cycle.still)
             self.cycles.begin_next(cycle)
+
+    def _meet(self, workers: Workers) -> None:
+        """Agree with the other ranks on what this sync moves."""
+        self.pairs.track_replaced()
+        trained = self.pairs.counterparts
+        names = self.parameters.names()
+        trains = zlib.crc32(repr([(names[p], p.requires_grad) for p in trained]).encode())
+        workers.agree("at a sync", steps=self.steps, parameters=trains)
+        self.pairs.idle = workers.idle(trained, self.pairs.idle)
 
     def close(self) -> None:
         """Let go of the optimizer: stop counting and syncing. Both sets of weights stay here."""

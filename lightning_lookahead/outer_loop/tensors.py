@@ -86,7 +86,7 @@ class OuterMomentum:
 @torch.no_grad()
 def descend_(slow: Collection[Tensor], fast: Collection[Tensor], momentum: OuterMomentum, alpha: float) -> None:
     """A step of `torch.optim.SGD` on ``slow`` with the gradient ``slow - fast``, formed in the dtype of ``slow``."""
-    for phi, theta, b in _in_portions(local(slow), local(fast), local(momentum.b)):
+    for phi, theta, b in in_portions(local(slow), local(fast), local(momentum.b)):
         s = [one - other.to(one) for one, other in zip(phi, theta, strict=True)]
         sgd_step_(phi, s, b, momentum, alpha)
 
@@ -106,11 +106,17 @@ def sgd_step_(phi: list[Tensor], s: list[Tensor], b: list[Tensor], momentum: Out
         slow.add_(way.add_(moved, alpha=momentum.mu) if momentum.nesterov else moved, alpha=-alpha)
 
 
-def _in_portions(*lists: Collection[Tensor]) -> Iterator[tuple[list[Tensor], ...]]:
-    """Equally long lists in portions of at most `PORTION` values, or of one tensor."""
+def in_portions(*lists: Collection[Tensor], cut: bool = False) -> Iterator[tuple[list[Tensor], ...]]:
+    """Equally long lists in portions of at most `PORTION` values, or of one tensor.
+
+    Args:
+        lists: Lists of tensors, of equal shapes across the lists.
+        cut: Cut tensors of more values into pieces, flat views, if they are contiguous.
+    """
     portion: list[tuple[Tensor, ...]] = []
     size = 0
-    for row in zip(*lists, strict=True):
+    rows = zip(*lists, strict=True)
+    for row in (piece for whole in rows for piece in _pieces(whole)) if cut else rows:
         size += row[0].numel()
         if portion and size > PORTION:
             yield tuple(map(list, zip(*portion, strict=True)))
@@ -118,6 +124,12 @@ def _in_portions(*lists: Collection[Tensor]) -> Iterator[tuple[list[Tensor], ...
         portion.append(row)
     if portion:
         yield tuple(map(list, zip(*portion, strict=True)))
+
+
+def _pieces(row: tuple[Tensor, ...]) -> Iterable[tuple[Tensor, ...]]:
+    if row[0].numel() <= PORTION or not all(tensor.is_contiguous() for tensor in row):
+        return [row]
+    return zip(*(torch.split(tensor.view(-1), PORTION) for tensor in row), strict=True)
 
 
 PORTION = 2**24

@@ -5,12 +5,13 @@ from __future__ import annotations
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from lightning_lookahead._arguments import PullbackMomentum, check_choice
+from lightning_lookahead._arguments import PullbackMomentum, check_bool, check_choice
 from lightning_lookahead._lightning import Callback, check_trainer, join_packages, log_to_loggers, move_to_front
 from lightning_lookahead.evaluation.recalibration import check_recalibrate
 from lightning_lookahead.outer_loop.saved_format import check_weights
 from lightning_lookahead.outer_loop.settings import Buffers, Nonfinite, Settings
 
+from .apart import check_options
 from .fit import Fit, SyncOptimizers
 from .rank_check import RankCheck
 from .sync_log import figures
@@ -64,12 +65,14 @@ class LookaheadCallback(Callback):
         monitor: Evaluates held-out data after every inner step of a window, as in the paper's Figure 10.
         recalibrate_batch_norm: Before each validation, gather BatchNorm's statistics anew with the slow weights, from
             all training batches (``True``) or the first so many. After it they are what they were.
+        share_gradients: Whether DDP's ranks share gradients in each step. ``False``: from ``start_step`` on they train
+            apart, and a sync moves phi towards the mean of their fast weights (Local SGD, DiLoCo).
         log_syncs: Send ``lookahead/syncs`` to the Trainer's loggers every ``log_every_n_steps``, and
             ``lookahead/alpha`` if it changes.
         log_distance: Send ``lookahead/distance`` there, how far theta and phi were apart just before the last sync
             (Euclidean).
-        check_ranks: After each sync, compare the weights of all ranks (DDP) and raise if one has drifted. Off, a sync
-            issues no collective.
+        check_ranks: After each sync, compare the weights of all ranks (DDP), and their outer momentum, and raise if one
+            has drifted. Off, a sync issues no collective unless ranks train apart.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -107,6 +110,7 @@ class LookaheadCallback(Callback):
         buffers: Buffers = "keep",
         monitor: InnerOuterMonitor | None = None,
         recalibrate_batch_norm: bool | int = False,  # noqa: FBT001, FBT002
+        share_gradients: bool = True,  # noqa: FBT001, FBT002
         log_syncs: bool = False,  # noqa: FBT001, FBT002 (YAML and the command line name every argument)
         log_distance: bool = False,  # noqa: FBT001, FBT002
         check_ranks: bool = False,  # noqa: FBT001, FBT002
@@ -119,6 +123,9 @@ class LookaheadCallback(Callback):
         check_choice("sync_optimizers", sync_optimizers, get_args(SyncOptimizers))
         check_recalibrate(recalibrate_batch_norm, eval_weights)
         self.exclude = [exclude] if isinstance(exclude, str) else list(exclude or [])
+        self.share_gradients = check_bool(share_gradients, "share_gradients")
+        if not share_gradients:
+            check_options(self.settings, eval_weights, self.exclude)
         self.eval_weights: Weights = eval_weights
         self.unfinished_cycle, self.sync_optimizers = unfinished_cycle, sync_optimizers
         self.monitor, self.recalibrate_batch_norm = monitor, recalibrate_batch_norm
@@ -133,6 +140,8 @@ class LookaheadCallback(Callback):
             "exclude": self.exclude,
             "sync_optimizers": self.sync_optimizers,
         }
+        if not self.share_gradients:
+            saved["share_gradients"] = False
         options = self.eval_weights, self.sync_optimizers, self.recalibrate_batch_norm, self.monitor
         return Fit(self.state_key, self.settings, saved, *options)
 
@@ -152,9 +161,9 @@ class LookaheadCallback(Callback):
         check_trainer(trainer)
         if stage != "fit":
             return
-        self.loops.close()
+        self._fit.close()
         self._fit = self._new_fit()
-        self._fit.checkpoints.await_checkpoint(trainer.strategy, pl_module)
+        self._fit.prepare(trainer, pl_module, share_gradients=self.share_gradients)
         if self.monitor is not None:
             self.monitor.reset()
         # Other callbacks read and replace weights in validation and at the end of training (pruning masks, averaging
@@ -168,6 +177,14 @@ class LookaheadCallback(Callback):
         self._fit.begin(trainer)
         self._ranks.begin(self.slow_weights)
 
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._fit.apart is not None:
+            self._fit.apart.compare_batches(trainer, self.loops)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._fit.apart is not None:
+            self._fit.apart.end_epoch(trainer, self.loops)
+
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._fit.checkpoints.begin_batch()
 
@@ -178,11 +195,13 @@ class LookaheadCallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._fit.checkpoints.end_batch()
+        if self._fit.apart is not None:
+            self._fit.apart.end_batch(trainer, self.loops)
         self._fit.note_loss(trainer, pl_module, outputs, batch, batch_idx)
         for slow in self.slow_weights:
             self._fit.sync_due(trainer, slow)
         if self.check_ranks:
-            self._ranks.look(trainer, pl_module, self.slow_weights)
+            self._ranks.look(trainer, pl_module, self.slow_weights, "slow" if self._fit.apart else "fast")
         if self.log_syncs or self.log_distance:
             log_to_loggers(trainer, figures(self.slow_weights, syncs=self.log_syncs))
         self._fit.swap.note_modes(pl_module)

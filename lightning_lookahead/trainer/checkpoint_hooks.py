@@ -17,6 +17,7 @@ from lightning_lookahead.outer_loop.sharding import detach_aliases
 from lightning_lookahead.outer_loop.shards import load_folder
 from lightning_lookahead.outer_loop.tensors import copies, storage_key
 
+from . import rank_states
 from .module_state import state_dict_of_slow
 from .outer_loops import OTHERS_LOADED
 from .pruned import make_permanent
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from lightning_lookahead.outer_loop.saved_format import Weights
     from lightning_lookahead.outer_loop.slow_weights import SlowWeights
 
+    from .apart import Apart
     from .outer_loops import OuterLoops
     from .validation_swap import ValidationSwap
 
@@ -48,6 +50,10 @@ class CheckpointHooks:
         weights: The set that the ``state_dict`` holds.
         swap: The validation swap: it may be on when a checkpoint is saved.
         monitor: A monitor whose history is saved, too.
+
+    Attributes:
+        apart: The ranks, if they train apart.
+        own_buffers: Buffers of this rank's own in the loaded checkpoint.
     """
 
     key: str
@@ -58,6 +64,9 @@ class CheckpointHooks:
     monitor: InnerOuterMonitor | None
 
     def __post_init__(self) -> None:
+        self.apart: Apart | None = None
+        self._parts = False  # whether the ranks of this fit train apart
+        self.own_buffers: dict[str, Tensor] = {}
         self._aliases: list[list[str]] = []  # names that share a parameter, before it was wrapped
         self._restored: list[dict[str, Any]] = []  # states from a checkpoint, until there are optimizers
         self._restored_model: dict[str, Any] = {}  # the module's state in that checkpoint
@@ -69,8 +78,15 @@ class CheckpointHooks:
 
     # -- a fit
 
-    def await_checkpoint(self, strategy: Strategy, pl_module: LightningModule) -> None:
-        """Check what the strategy loads, from the setup of a fit on."""
+    def await_checkpoint(self, strategy: Strategy, pl_module: LightningModule, *, parts: bool) -> None:
+        """Check what the strategy loads, from the setup of a fit on.
+
+        Args:
+            strategy: The strategy.
+            pl_module: The module.
+            parts: Whether the ranks train apart.
+        """
+        self._parts = parts
         self._aliases = [names for names in names_in(pl_module).values() if len(names) > 1]
         self._optimizers_before = strategy.optimizers
         strategy.load_checkpoint = functools.partial(self._load_checkpoint, strategy)  # type: ignore[method-assign]
@@ -162,7 +178,10 @@ class CheckpointHooks:
         if not self.loops.are_of(trainer.optimizers):  # the weights are of another fit
             state["optimizers"] = []
             return
-        if self.loops.others_loaded:
+        loaded = self.loops.others_loaded
+        if self.apart is not None and self.apart.active and not trainer.interrupted:
+            loaded = self.apart.workers.any(loaded)
+        if loaded:
             warnings.warn(f"Lookahead: this checkpoint has one set of weights only: {OTHERS_LOADED}", stacklevel=2)
             state["optimizers"] = []
             return
@@ -177,6 +196,8 @@ class CheckpointHooks:
             first, *others = checkpoint["optimizer_states"]
             checkpoint["optimizer_states"] = [{**first, SHARDS: tensors}, *others]
         state["optimizers"] = states
+        if self.apart is not None and self.apart.active:
+            rank_states.save(trainer, checkpoint, state, self.apart, self.loops)
         self._show_to_others(checkpoint["state_dict"])
 
     def _show_to_others(self, state_dict: dict[str, Any]) -> None:
@@ -230,6 +251,11 @@ class CheckpointHooks:
         if ours is not None:
             upgrade(checkpoint, ours)
             check_saved(ours)
+            if module.trainer.state.fn == "fit":
+                early = any(loop["steps"] < self.settings["start_step"] for loop in ours["optimizers"])
+                shares = not self._parts or early  # from here on: all ranks have to be the same
+                own = (0, 1) if shares else (module.trainer.global_rank, module.trainer.world_size)
+                self.own_buffers = rank_states.take(checkpoint, ours, *own)
         return checkpoint
 
     def on_load_checkpoint(self, trainer: Trainer, checkpoint: dict[str, Any]) -> None:

@@ -136,8 +136,11 @@ def compare_weights(
             stack.enter_context(_unlogged(trainer))
             recalibrating = not isinstance(recalibrate_batch_norm, int) or recalibrate_batch_norm > 0
             own: list[Callback] = [_Recalibrating(recalibration, recalibrate_batch_norm)] if recalibrating else []
+            if callback is None:
+                stack.enter_context(_loading(trainer, module, weights))
+            else:
+                own.insert(0, _Using(callback, weights, stack))
             stack.enter_context(_with_callbacks(trainer, own))
-            stack.enter_context(callback.use_weights(weights) if callback else _loading(trainer, module, weights))
             logged = trainer.validate(
                 model, dataloaders, ckpt_path, verbose=False, datamodule=datamodule, weights_only=weights_only
             )
@@ -241,6 +244,19 @@ def _with_callbacks(trainer: Trainer, own: list[Callback]) -> Iterator[None]:
         yield
     finally:
         callbacks[:] = before
+
+
+class _Using(Callback):
+    """Lets the module hold a set of weights from the start of a validation until the stack ends.
+
+    Not before: where ranks have fast weights of their own, DDP would give all of them the first one's.
+    """
+
+    def __init__(self, callback: LookaheadCallback, weights: Weights, stack: ExitStack) -> None:
+        self.callback, self.weights, self.stack = callback, weights, stack
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.stack.enter_context(self.callback.use_weights(self.weights))
 
 
 class _Recalibrating(Callback):

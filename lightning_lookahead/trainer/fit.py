@@ -12,6 +12,7 @@ from lightning_lookahead.evaluation.isolation import isolated
 from lightning_lookahead.outer_loop.adaptive import AdaptiveAlpha, TrainingLoss
 from lightning_lookahead.outer_loop.batch_norm import check_statistics
 
+from .apart import Apart, trains_apart
 from .checkpoint_hooks import CheckpointHooks
 from .outer_loops import OuterLoops
 from .validation_swap import ValidationSwap
@@ -51,11 +52,18 @@ class Fit:
     monitor: InnerOuterMonitor | None
 
     def __post_init__(self) -> None:
+        self._parts = False  # whether there are ranks that train apart
         self._step_hooks: list[Any] = []  # on the optimizers, under manual optimization
         self._trainer: Trainer | None = None  # while training is under way
+        self.apart: Apart | None = None
         self.loops = OuterLoops()
         self.swap = ValidationSwap(self.loops, self.weights, self.recalibrate)
         self.checkpoints = CheckpointHooks(self.key, self.saved, self.loops, self.weights, self.swap, self.monitor)
+
+    def prepare(self, trainer: Trainer, pl_module: LightningModule, *, share_gradients: bool) -> None:
+        """Await a checkpoint; raise if ranks cannot train apart that should."""
+        self._parts = not share_gradients and trains_apart(trainer)
+        self.checkpoints.await_checkpoint(trainer.strategy, pl_module, parts=self._parts)
 
     def start(
         self, trainer: Trainer, pl_module: LightningModule, exclude: list[str], *, log_distance: bool, check_ranks: bool
@@ -65,7 +73,16 @@ class Fit:
         if not optimizers:
             warnings.warn("configure_optimizers gave no optimizer: there is nothing to look ahead with.", stacklevel=2)
             return
-        options = {"module": trainer.strategy.model, "model_weights": self.weights, "measure_distance": log_distance}
+        options: dict[str, Any] = {
+            "module": trainer.strategy.model,
+            "model_weights": self.weights,
+            "measure_distance": log_distance,
+        }
+        if self._parts:
+            together = self.sync_optimizers == "together"
+            self.apart = Apart(trainer, optimizers, together=together, start_step=self.settings.start_step)
+            self.swap.apart = self.checkpoints.apart = self.apart
+            options |= {"workers": self.apart.workers, "share_buffers": self.apart.buffers.share}
         self.loops.add(optimizers, self.settings, exclude, pl_module, **options)
         alone = {"log_distance": log_distance, "check_ranks": check_ranks, "slow_device": self.settings.slow_device}
         for name, value in alone.items():  # each needs all of the weights on this rank
@@ -87,9 +104,13 @@ class Fit:
             )
             raise ValueError(message)
         self._step_hooks = [
-            slow.optimizer.register_step_post_hook(functools.partial(self.sync_due, trainer, slow))
+            slow.optimizer.register_step_post_hook(functools.partial(self._after_step, trainer, slow))
             for slow in self.loops.slow_weights
         ]
+
+    def _after_step(self, trainer: Trainer, slow: SlowWeights, *_: object) -> None:
+        if not slow.inner_loop.attempting:  # it has not ended then
+            self.sync_due(trainer, slow)
 
     def begin(self, trainer: Trainer) -> None:
         """Begin or resume training."""
@@ -97,11 +118,23 @@ class Fit:
         for slow in self.loops.slow_weights:
             slow.swap_to("fast")
             slow.persistence.begin()
+        if self.apart is not None:
+            self._part(self.apart)
+            self.apart.compare_batches(trainer, self.loops)
+            by_hand = not trainer.lightning_module.automatic_optimization
+            after_step = functools.partial(self.sync_due, trainer) if by_hand else None
+            self.apart.watch(trainer.strategy, self.loops, after_step)
         if self.monitor is not None and self.loops.slow_weights:
             self.monitor.begin(trainer, self.loops.slow_weights[0])
         for slow in self.loops.slow_weights:  # a checkpoint may lie between the k-th step and its sync
             self.sync_due(trainer, slow)
         self.checkpoints.keep_loaded()
+
+    def _part(self, apart: Apart) -> None:
+        """Let the ranks part if the time has come, each with the buffers that it had when the checkpoint was saved."""
+        own, self.checkpoints.own_buffers = self.checkpoints.own_buffers, {}
+        apart.buffers.load(own)
+        apart.part(self.loops)
 
     def note_loss(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Give adaptive alphas the loss of this batch, if they need it."""
@@ -115,7 +148,7 @@ class Fit:
     def _needs_loss(self) -> bool:
         return isinstance(self.settings.alpha, AdaptiveAlpha) and self.settings.alpha.needs_loss
 
-    def sync_due(self, trainer: Trainer, slow: SlowWeights, *_: object) -> None:
+    def sync_due(self, trainer: Trainer, slow: SlowWeights) -> None:
         """After a step of the optimizer of ``slow``: sync what is due."""
         if self.monitor is not None and slow is self.loops.slow_weights[0]:
             self.monitor.after_step(trainer, slow)
@@ -129,6 +162,15 @@ class Fit:
         if not self.loops.counting:
             message = "sync_now() was called outside of a fit: there is nothing to sync."
             raise RuntimeError(message)
+        if self.apart is not None:
+            try:
+                self.apart.workers.await_all()
+            except RuntimeError as error:
+                message = (
+                    f"sync_now() was called on rank {self.apart.workers.rank}, and not on all ranks within a minute:"
+                    " with share_gradients=False all ranks have to call it together."
+                )
+                raise RuntimeError(message) from error
         for slow in self.loops.counting:
             slow.sync()
             self._record(self._trainer, [slow])
@@ -153,11 +195,21 @@ class Fit:
         averaged = averages(trainer)
         if not averaged:
             self.loops.swap_to(self.weights)
+        if self.apart is not None:
+            self._part(self.apart)  # `begin` was left out if there was nothing to train
+            if self.apart.active:
+                self.apart.buffers.hold_firsts()
         self._stop()
         self.loops.move_to_parameters()
         # `on_fit_end` calls this again: what others loaded since `on_train_end` is not what the fit left.
         if averaged or not self.loops.left:
             self.loops.leave()
+
+    def close(self) -> None:
+        """Let go of everything: another fit begins."""
+        self.loops.close()
+        if self.apart is not None:
+            self.apart.close()
 
     def abort(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """After an exception, swap back, let go, and undo the loading of a refused checkpoint."""
@@ -174,5 +226,7 @@ class Fit:
     def _stop(self) -> None:
         for hook in self._step_hooks:
             hook.remove()
+        if self.apart is not None and self._trainer is not None:
+            self.apart.stop(self._trainer.strategy)
         self._step_hooks, self._trainer = [], None
         self.loops.close()

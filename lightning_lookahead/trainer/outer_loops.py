@@ -68,11 +68,11 @@ class OuterLoops:
         elsewhere = owned_by_others(optimizers, pl_module)
         shared = [parameter for own in elsewhere for parameter in own]
         for index, optimizer in enumerate(optimizers):
-            own = vars(settings) if index == 0 else {**vars(settings), "buffers": "keep"}
+            own = {**vars(settings), **options}
+            if index:
+                own |= {"buffers": "keep", "share_buffers": None}
             left_out = [*excluded, *elsewhere[index]]
-            self.slow_weights.append(
-                SlowWeights(optimizer, **own, exclude=left_out, shared=shared, sync_in_step=False, **options)
-            )
+            self.slow_weights.append(SlowWeights(optimizer, **own, exclude=left_out, shared=shared, sync_in_step=False))
 
     @property
     def counting(self) -> list[SlowWeights]:

@@ -35,7 +35,7 @@ def test_both_sets_are_read_without_a_trainer(kind):
 
 
 @pytest.mark.filterwarnings("ignore:The checkpoint's Lookahead settings")
-@pytest.mark.parametrize("kind", [kind for kind in make.KINDS if kind != "shards"])
+@pytest.mark.parametrize("kind", [kind for kind in make.KINDS if kind not in make.OF_TWO])
 def test_a_run_goes_on_from_it(kind):
     _, module, callback = make.fit(kind, ckpt_path=GOLDEN / f"{kind}.ckpt")  # which has nothing left to train
     for weights, values in make.both(module, callback).items():
@@ -53,8 +53,9 @@ def test_a_run_goes_on_from_it(kind):
     assert {slow.steps for slow in again.slow_weights} == {7}
 
 
-def test_ranks_go_on_from_a_folder_of_shards(ranks):
-    for sets, counts in ranks(2, make.resume_shards):
-        for weights, values in expected("shards").items():
+@pytest.mark.parametrize(("kind", "of_each"), [("shards", ["shards", "shards"]), ("apart", ["apart", "apart-1"])])
+def test_ranks_go_on_from_it(kind, of_each, ranks):
+    for own, (sets, counts) in zip(of_each, ranks(2, make.resume, kind), strict=True):
+        for weights, values in expected(own).items():
             same(sets[weights], values)
         assert counts == (make.STEPS, 1)

@@ -33,7 +33,7 @@ class KillOnce(Callback):
     def __init__(self, kind, folder, when):
         self.folder, self.when = Path(folder), when
         # Under DDP rank 0 writes the file; among shards each rank writes its own, and the index comes last.
-        self.rank = 0 if (kind, when) == ("ddp", "save") else 1
+        self.rank = 0 if when == "save" and kind in {"ddp", "apart"} else 1
 
     def kill(self, trainer):
         marker = self.folder / "killed"

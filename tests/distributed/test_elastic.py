@@ -22,7 +22,7 @@ def torchrun(*arguments):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("when", ["step", "save"])
-@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2", "apart"])
 def test_a_killed_rank_is_started_again_from_the_last_whole_checkpoint(kind, when, ranks, tmp_path):
     job = torchrun("--standalone", "--nproc-per-node=2", "--max-restarts=1", *ELASTIC, kind, tmp_path, when)
     output = job.communicate(timeout=200)[0]

@@ -1,8 +1,8 @@
 """Checkpoints of every kind, as small as they can be, that later versions have to read bit for bit.
 
 ``python -m tests.golden.make`` writes new ones in place of those that are here: when the format has changed, and the
-reading of the old ones is tested elsewhere. With names of kinds it writes these alone. The folder of shards is written
-by two processes, which it starts.
+reading of the old ones is tested elsewhere. With names of kinds it writes these alone. What two ranks write, it starts
+two processes for.
 """
 
 import os
@@ -35,7 +35,10 @@ KINDS = {
     "momentum": {"outer_momentum": 0.9},
     "monitor": {},
     "shards": {"pullback_momentum": "pullback"},
+    "apart": {"share_gradients": False, "outer_momentum": 0.9},
 }
+OF_TWO = ("shards", "apart")
+"""Kinds that two ranks write."""
 
 
 def data(step):
@@ -67,7 +70,8 @@ class Tiny(LightningModule):
             fully_shard(self, mesh=self.device_mesh["data_parallel"])
 
     def training_step(self, batch, batch_idx):
-        loss = (self(data(self.trainer.global_step)) - 1).square().mean()
+        rank = self.global_rank if self.kind == "apart" else 0
+        loss = (self(data(self.trainer.global_step + 100 * rank)) - 1).square().mean()
         if self.automatic_optimization:
             return loss
         for optimizer in self.optimizers():
@@ -103,10 +107,10 @@ def fit(kind, steps=STEPS, **settings):
 def strategy(kind):
     from lightning.pytorch.strategies import ModelParallelStrategy  # noqa: PLC0415 (one kind needs it)
 
-    if kind != "shards" or "WORLD_SIZE" not in os.environ:
+    if kind not in OF_TWO or "WORLD_SIZE" not in os.environ:
         return {}
     sharding = ModelParallelStrategy(2, 1, save_distributed_checkpoint=True, process_group_backend="gloo")
-    return {"strategy": sharding, "devices": 2, "use_distributed_sampler": False}
+    return {"strategy": sharding if kind == "shards" else "ddp", "devices": 2, "use_distributed_sampler": False}
 
 
 def both(module, callback):
@@ -121,9 +125,9 @@ def both(module, callback):
     return found
 
 
-def resume_shards():
-    """What each rank has when it goes on from the folder, which has nothing left to train."""
-    _, module, callback = fit("shards", ckpt_path=HERE / "shards.ckpt")
+def resume(kind):
+    """What each rank has when it goes on from what two have written, which has nothing left to train."""
+    _, module, callback = fit(kind, ckpt_path=HERE / f"{kind}.ckpt")
     (slow,) = callback.slow_weights
     return both(module, callback), (slow.steps, slow.syncs)
 
@@ -135,23 +139,24 @@ def write(kind):
     found = both(module, callback)
     if trainer.is_global_zero:
         torch.save(found, HERE / f"{kind}.expected.pt")
+    elif kind == "apart":
+        torch.save(found, HERE / "apart-1.expected.pt")
 
 
 def main():
     torch.set_num_threads(1)
     if "WORLD_SIZE" in os.environ:
-        write("shards")
+        write(sys.argv[1])
         leave()
     kinds = sys.argv[1:] or KINDS
     for old in (HERE / f"{kind}.ckpt" for kind in kinds):
         shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
-    for kind in kinds:
-        if kind != "shards":
-            write(kind)
-    if "shards" not in kinds:
-        return
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    subprocess.run([*launcher, "-m", "tests.golden.make", "shards"], check=True, env=environment())
+    for kind in kinds:
+        if kind in OF_TWO:
+            subprocess.run([*launcher, "-m", "tests.golden.make", kind], check=True, env=environment())
+        else:
+            write(kind)
 
 
 if __name__ == "__main__":

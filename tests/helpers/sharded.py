@@ -26,6 +26,7 @@ STEPS, K = 8, 3
 MODES = {
     "momentum": {"outer_momentum": 0.9, "alpha": 0.7},
     "": {},
+    "apart": {"share_gradients": False, "outer_momentum": 0.5},
     "reset": {"pullback_momentum": "reset"},
     "pullback": {"pullback_momentum": "pullback"},
     "schedule": {"alpha": Linear(0.3, 0.9, 2), "start_step": 1},
@@ -77,6 +78,7 @@ class Sharded(Regression):
         return self.net(x)
 
     def loss(self, step):
+        step += 100 * self.global_rank * (self.kind == "apart")  # the others have the same data on all ranks
         return (self(inputs(step).to(self.net[0].weight)) - 1).square().mean()
 
     def configure_model(self):
@@ -98,7 +100,7 @@ class Sharded(Regression):
 
 def strategy_for(kind):
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    if kind == "ddp":
+    if kind in {"ddp", "apart"}:
         return DDPStrategy()
     if kind.startswith("fsdp1"):
         return AnyFSDPStrategy(
@@ -120,6 +122,7 @@ def local(tensor):
 
 
 def fit(kind, optimizer, *callbacks, steps=STEPS, ckpt_path=None, mode="", **settings):
+    mode = "apart" if kind == "apart" else mode
     module, callback = (
         Sharded(optimizer, kind),
         LookaheadCallback(**{"k": K, "alpha": 0.5, **(MODES[mode] if isinstance(mode, str) else mode)}),

@@ -51,4 +51,4 @@ def test_two_optimizers_sync_each_by_itself_or_together(sync_optimizers, expecte
 
 
 def test_ranks_without_a_trained_parameter_agree():
-    check_ranks({})
+    check_ranks({}, torch.device("cpu"))
