@@ -23,6 +23,7 @@ RUNS = {  # how many records a smoke run with one seed leaves
     "outer_momentum": 2 * (1 + 2 + 3 * 6 + 3 * 5),
     "quadratic_momentum": 2 * 2 * 4,
     "robustness": 11,
+    "workers": 2 * (2 + 1) + 2 * 4,
 }
 """`imagenet.py` has tests of its own: it needs torchvision."""
 
