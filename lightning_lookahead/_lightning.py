@@ -184,8 +184,8 @@ def steps_by_itself(pl_module: LightningModule) -> bool:
 
 def writes_folders(strategy: Strategy) -> bool:
     """Whether a strategy writes a checkpoint as a folder, each rank its own shards."""
-    distributed = getattr(strategy, "_save_distributed_checkpoint", False)  # ModelParallelStrategy
-    return bool(distributed) or getattr(strategy, "_state_dict_type", None) == "sharded"  # FSDPStrategy
+    by_shards = getattr(strategy, "_save_distributed_checkpoint", False)  # ModelParallelStrategy
+    return bool(by_shards) or getattr(strategy, "_state_dict_type", None) == "sharded"  # FSDPStrategy
 
 
 def log_to_loggers(trainer: Trainer, values: dict[str, float]) -> None:

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 _ORDINARY = ("optimizer_states", "lr_schedulers")
 """Keys of a Lightning checkpoint that a rank has values of its own for, beside the precision plugin's."""
 
+_SHARED = {"weights": "slow", "momentum": OUTER_MOMENTUM}
+"""Of parts of an outer loop's state the entry that is the same on all ranks: phi, and its momentum."""
+
 
 @dataclass
 class _Sent:
@@ -110,10 +113,14 @@ def save(trainer: Trainer, checkpoint: dict[str, Any], state: dict[str, Any], ap
 
 
 def _without_shared(loop: dict[str, Any]) -> dict[str, Any]:
-    """The state of an outer loop without phi and its momentum, which are the same on all ranks."""
-    momentum = {entry: values for entry, values in loop.get("momentum", {}).items() if entry != OUTER_MOMENTUM}
-    weights = {which: values for which, values in loop.get("weights", {}).items() if which != "slow"}
-    return {**loop, "momentum": momentum, "weights": weights}
+    """The state of an outer loop without what is the same on all ranks."""
+    own = {part: {key: v for key, v in loop.get(part, {}).items() if key != _SHARED[part]} for part in _SHARED}
+    return {**loop, **own}
+
+
+def _shared(part: str, loop: dict[str, Any]) -> dict[str, Any]:
+    """Of a part of the state of an outer loop what is the same on all ranks."""
+    return {key: values for key, values in loop.get(part, {}).items() if key == _SHARED[part]}
 
 
 def take(checkpoint: dict[str, Any], state: dict[str, Any], rank: int, number: int) -> dict[str, Tensor]:
@@ -136,20 +143,18 @@ def take(checkpoint: dict[str, Any], state: dict[str, Any], rank: int, number: i
     if own is not None:
         checkpoint.update(own["ordinary"])
         for loop, mine in zip(state["optimizers"], own["optimizers"], strict=True):
-            b = loop.get("momentum", {}).get(OUTER_MOMENTUM)
-            shared = {"weights": loop.get("weights", {}).get("slow"), "momentum": b}
-            loop.update(mine)
-            loop["weights"] = {**mine["weights"], **({"slow": shared["weights"]} if shared["weights"] else {})}
-            loop["momentum"] = {**mine["momentum"], **({OUTER_MOMENTUM: b} if b else {})}
+            shared = {part: _shared(part, loop) for part in _SHARED}
+            loop.update(mine, **{part: {**mine[part], **shared[part]} for part in _SHARED})
     if number == before:
         return own["buffers"] if own is not None else {}
+    now = f"there are {number}" if number > 1 else "none do from there on"
     message = (
-        f"Lookahead: the checkpoint is of {before} ranks that train apart, and this run has {number}: all start from"
-        " the slow weights and begin a new cycle, with the optimizer states of the saved ranks in turn."
+        f"Lookahead: the checkpoint is of {before} ranks that train apart, and in this run {now}: all start from the"
+        " slow weights and begin a new cycle, with the optimizer states of the saved ranks in turn."
     )
     warnings.warn(message, stacklevel=2)
     for loop in state["optimizers"]:
-        loop["weights"] = {which: values for which, values in loop.get("weights", {}).items() if which == "slow"}
+        loop["weights"] = _shared("weights", loop)
         loop["statistics"] = {}
         for counts in (loop, *loop.get("groups", [])):
             counts["steps_since_sync"] = 0

@@ -294,7 +294,7 @@ def monitored():
 
 
 def twice():
-    """Fit twice with one callback, pickled on the way; what is left of DDP's wrappers and process groups."""
+    """Fit three times with one callback, pickled on the way; what is left of DDP's wrappers and process groups."""
     callback, wrappers, groups = LookaheadCallback(k=3, share_gradients=False), [], []
 
     class Look(Callback):

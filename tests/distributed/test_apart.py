@@ -161,10 +161,8 @@ def test_what_is_written_to_a_weight_that_stays_is_the_first_ranks(ranks):
 
 @pytest.mark.parametrize("what", ["phi", "momentum"])
 def test_a_rank_that_has_drifted_is_found(what, ranks):
-    name = {"phi": "'net.0.weight'", "momentum": "'net.0.weight"}[what]
     for said in ranks(2, drifted, what):
-        assert f"Parameter {name}" in said
-        assert "differs between ranks" in said
+        assert "Parameter 'net.0.weight' differs between ranks" in said
 
 
 def test_fits_one_after_the_other_leave_nothing_behind(ranks):
@@ -218,7 +216,7 @@ TRAINERS = {
     "clipping": ("Apart", {"gradient_clip_val": 0.3}, {"clip": 0.3}),
     "mixed precision": ("Mixed", {"precision": "bf16-mixed"}, {}),
     "by hand": ("ByHand", {}, {"steps": 11}),
-    "by hand, a schedule of k": ("ByHand", {}, {"steps": 11, "k": 4}),
+    "by hand, a sync within a batch": ("ByHand", {}, {"steps": 11, "k": 4}),
     "a stream": ("EvenStream", {"val_check_interval": 4}, {}),
 }
 
@@ -226,7 +224,7 @@ TRAINERS = {
 @pytest.mark.parametrize("name", TRAINERS)
 def test_however_it_is_trained_it_is_the_simulation_bit_for_bit(name, ranks):
     kind, settings, expected = TRAINERS[name]
-    made = {"by hand": Apart, "by hand, a schedule of k": Apart, "a stream": Apart}.get(name, getattr(apart, kind))
+    made = {"ByHand": Apart, "EvenStream": Apart}.get(kind, getattr(apart, kind))
     thetas, phi, _ = simulated(2, make=made, **expected)
     for own, theta in zip(ranks(2, train, kind, trainer=settings, k=expected.get("k", 3)), thetas, strict=True):
         assert equal(own["theta"], theta)
@@ -255,8 +253,7 @@ def test_several_optimizers_sync_together(ranks):
 
 
 def test_a_sync_by_hand_on_all_ranks_is_the_mean(ranks):
-    thetas, phi, _ = simulated(2, 4, k=4)
-    assert thetas
+    _, phi, _ = simulated(2, 4, k=4)
     for own in ranks(2, sync_now):
         assert equal(own["phi"], phi)
 
@@ -378,7 +375,7 @@ def test_another_number_of_ranks_goes_on_from_phi_with_the_saved_optimizer_state
     found = ranks(after, resume_elsewhere, f"{tmp_path}/step=5.ckpt", group="other", **options)
     for rank, (start, end, said) in enumerate(found):
         assert len(said) == 1
-        assert f"the checkpoint is of {before} ranks that train apart, and this run has {after}" in said[0]
+        assert f"the checkpoint is of {before} ranks that train apart, and in this run there are {after}" in said[0]
         assert equal(start["phi"], saved[0]["phi"])
         assert equal(start["theta"], saved[0]["phi"])
         assert start["counts"] == [(5, 1, 0)]
@@ -397,7 +394,7 @@ def test_the_file_goes_on_in_one_process_and_is_validated_without_the_callback(r
             warnings.simplefilter("always")
             make_trainer(callback, max_steps=6).fit(module, ckpt_path=path)
         text = " ".join(str(warning.message) for warning in said)
-        assert "of 2 ranks that train apart, and this run has 1" in text
+        assert "of 2 ranks that train apart, and in this run none do from there on" in text
         assert ("share_gradients was False and is True" in text) == (not own)
         assert ("there is one process" in text) == bool(own)
         assert equal(both(callback, module)[1], saved[0]["phi"])
