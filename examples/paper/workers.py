@@ -386,7 +386,8 @@ def draw(records: list[Record]) -> Figure:
     runs = [r for r in records if "model" in r["settings"] and r["settings"]["seed"] != TUNING_SEED]
     by_number = groups(runs, lambda r: r["settings"]["workers"])
     with style():
-        result = figure(7.2, 3.2)
+        result = figure(7.2, 3.4)
+        result.set_layout_engine("constrained")
         *panels, last = result.subplots(1, len(by_number) + 1, squeeze=False)[0]
         for panel, (number, of) in zip(panels, by_number.items(), strict=True):
             for index, (method, own) in enumerate(groups(of, lambda r: r["settings"]["method"], METHODS).items()):
@@ -395,31 +396,26 @@ def draw(records: list[Record]) -> Figure:
                 panel.plot(*points, "o", color=f"C{index}", label=method, markersize=4)
             panel.set(xscale="log", xlabel="sent by a worker, MB", ylabel="test loss", title=f"{number} workers")
         if panels:
-            panels[0].legend()
+            result.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(METHODS))
         of = [r for r in records if "processes" in r["settings"]]
-        for index, (method, own) in enumerate(groups(of, lambda r: r["settings"]["method"]).items()):
+        for method, own in groups(of, lambda r: r["settings"]["method"]).items():
+            color = f"C{list(METHODS).index(method)}"
             numbers = sorted({r["settings"]["workers"] for r in own})
             formula = [
                 lookahead_variance(**MODES, **outer_loop(method), k=own[0]["settings"]["k"], workers=number)[0]
                 for number in numbers
             ]
-            last.plot(numbers, formula, color=f"C{index + 2}", label=f"{method}, formula", linewidth=1)
+            last.plot(numbers, formula, color=color, label="formula", linewidth=1)
             for processes, mark in ((False, "o"), (True, "x")):
                 found = [
                     (r["settings"]["workers"], r["results"]["variance"][0])
                     for r in own
                     if r["settings"]["processes"] == processes
                 ]
-                label = f"{method}, {'processes' if processes else 'simulated'}"
-                last.plot(
-                    *zip(*found, strict=True),
-                    mark,
-                    color=f"C{index + 2}",
-                    label=label,
-                    markersize=6 if processes else 4,
-                )
+                label, size = ("in processes", 6) if processes else ("simulated", 4)
+                last.plot(*zip(*found, strict=True), mark, color=color, label=label, markersize=size)
         last.set(xscale="log", yscale="log", xlabel="workers", ylabel="variance of phi", title="noisy quadratic model")
-        last.legend(fontsize=7)
+        last.legend(*(own[:3] for own in last.get_legend_handles_labels()))
     return result
 
 
