@@ -38,7 +38,8 @@ def load_weights(
     Args:
         path: A checkpoint that a run with `LookaheadCallback` saved: a file, or a folder of shards.
         weights: ``"slow"`` (phi, what the algorithm returns) or ``"fast"`` (theta, where the inner optimizer was).
-        weights_only: As in `torch.load`. ``False`` runs code from the file: only for files that you trust.
+        weights_only: As in `torch.load`. ``False`` runs code from the file: only for files that you trust. The list of
+            a folder of shards, ``.metadata``, is a pickle that torch reads either way: a folder has to be trusted.
 
     Returns:
         Parameter and buffer names -> tensors on the CPU, for ``module.load_state_dict``. The ``_orig_mod.`` that
@@ -65,7 +66,8 @@ def newest_checkpoint(folder: str | os.PathLike[str], pattern: str = "*.ckpt") -
 
     A damaged one is passed over: a file whose end or one of whose parts is missing or altered, a folder of shards
     without its list or with a shard that is missing or too short. A whole file counts whatever objects it holds:
-    nothing in it is run.
+    nothing in it is run. The list of a folder of shards is a pickle, and torch runs what that says: look for such
+    folders only where you trust them.
 
     Args:
         folder: Where to look, subfolders left out.
