@@ -31,7 +31,7 @@ else:
     from pytorch_lightning.utilities.seed import isolate_rng
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from lightning.pytorch import LightningModule, Trainer
     from lightning.pytorch.strategies import Strategy
@@ -188,9 +188,18 @@ def writes_folders(strategy: Strategy) -> bool:
     return bool(by_shards) or getattr(strategy, "_state_dict_type", None) == "sharded"  # FSDPStrategy
 
 
-def log_to_loggers(trainer: Trainer, values: dict[str, float]) -> None:
-    """Send values to the Trainer's loggers every ``log_every_n_steps``, as its `LearningRateMonitor` does."""
-    if not trainer.loggers or not trainer._logger_connector.should_update_logs:
+def log_now_and_then(trainer: Trainer, values: Callable[[], dict[str, float]], *, progress_bar: bool = False) -> None:
+    """Send values to the Trainer's loggers every ``log_every_n_steps``, as its `LearningRateMonitor` does.
+
+    Args:
+        trainer: The Trainer.
+        values: Computes the values: it is called when they are sent.
+        progress_bar: Whether the progress bar gets them, too.
+    """
+    if not (trainer.loggers or progress_bar) or not trainer._logger_connector.should_update_logs:
         return
+    found = values()
+    if progress_bar:
+        trainer._logger_connector._progress_bar_metrics.update(found)
     for logger in trainer.loggers:
-        logger.log_metrics(values, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
+        logger.log_metrics(found, step=trainer.fit_loop.epoch_loop._batches_that_stepped)

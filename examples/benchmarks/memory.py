@@ -4,10 +4,10 @@
 
 What `SlowWeights` holds beside the model, the gradients and the optimizer, in multiples of the bytes of the trained
 parameters: one second tensor each, so 1 at rest. A sync should need no more. A swap in the middle of a cycle exchanges
-the two sets one tensor at a time, so it may hold one tensor more, and it writes both sets. A swap right after a sync
-finds both sets equal and should write nothing. The saved state carries a copy of one set; what is restored is read
-into memory first, so there is a second set until it has been put in place. The inner optimizer, SGD without momentum,
-holds nothing of its own.
+the two sets a block at a time, so it may hold one block more, and it writes both sets. A swap right after a sync finds
+both sets equal and should write nothing. The saved state carries a copy of one set; what is restored is read into
+memory first, so there is a second set until training goes on. The inner optimizer, SGD without momentum, holds nothing
+of its own.
 
 All bytes are those that the allocator of the device gave out and has not got back. They are summed by event on the CPU
 and asked for on a GPU, whose allocator rounds each tensor up to 512 bytes. Storage that several tensors share
@@ -17,16 +17,13 @@ therefore counts once. Of several rounds the largest numbers are reported.
 from __future__ import annotations
 
 import copy
-import gc
-from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.autograd import DeviceType
-from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from bench.allocated import held
 from bench.parameters import MODELS, SMOKE, parameters
 from bench.program import arguments, run
 from lab.report import Table
@@ -34,7 +31,7 @@ from lightning_lookahead import SlowWeights
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Callable, Iterable
+    from collections.abc import Iterable
 
     from torch import Tensor, nn
 
@@ -68,25 +65,6 @@ class Written(TorchDispatchMode):
 
     def _is(self, value: Any) -> bool:
         return isinstance(value, torch.Tensor) and value.untyped_storage().data_ptr() in self._watched
-
-
-def held(call: Callable[[], object], device: str) -> tuple[int, int]:
-    """Bytes above those held before a call: the most during it, and those left after it."""
-    gc.collect()
-    if device == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        call()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before, torch.cuda.memory_allocated() - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
-        call()
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    events.sort(key=lambda event: event.start_ns())
-    changes = [event.nbytes() for event in events if event.device_type() == DeviceType.CPU]
-    totals = list(accumulate(changes, initial=0))
-    return max(totals), totals[-1]
 
 
 def made(shapes: list[Shape], device: str, *, half_frozen: bool) -> list[nn.Parameter]:
@@ -138,7 +116,6 @@ def _one(shapes: list[Shape], device: str, *, half_frozen: bool) -> dict[str, in
         "parameters": sum(parameter.numel() for parameter in trained),
         "tensors": len(trained),
         "bytes": sum(parameter.nbytes for parameter in trained),
-        "largest tensor": max(parameter.nbytes for parameter in trained),
         "building": building,
         "rest": rest,
         "written after a sync": written(),
@@ -158,8 +135,10 @@ def _one(shapes: list[Shape], device: str, *, half_frozen: bool) -> dict[str, in
 
 
 def _restored(weights: list[nn.Parameter], saved: dict[str, Any], device: str) -> tuple[int, int]:
-    """The most while new slow weights are built and what was saved is loaded, and what is left of it."""
+    """The most while new slow weights are built and what was saved is loaded, and what is left after a step."""
     again = copy.deepcopy(weights)
+    for parameter, one in zip(again, weights, strict=True):
+        parameter.grad = one.grad
     optimizer = torch.optim.SGD(again, lr=1e-3)
     objects = []
 
@@ -169,7 +148,7 @@ def _restored(weights: list[nn.Parameter], saved: dict[str, Any], device: str) -
         optimizer.load_state_dict(state["optimizer"])
         slow.load_state_dict(state["slow"])
         del state
-        slow.values("slow")  # puts in place what was loaded
+        optimizer.step()  # until then what was loaded is kept: the model may be loaded later
         objects.append(slow)
 
     return held(load, device)
@@ -188,7 +167,7 @@ def tables(report: Report) -> list[Table]:
     }
     holding = Table(
         "Bytes held beside model, gradients and optimizer / bytes of the trained parameters",
-        ["model", "trained parameters", "tensors", *most, "largest tensor"],
+        ["model", "trained parameters", "tensors", *most],
     )
     writing = Table(
         "Bytes that a swap to the slow weights and back writes / bytes of the trained parameters",
@@ -205,7 +184,6 @@ def tables(report: Report) -> list[Table]:
                 f"{row['parameters']:,}",
                 f"{row['tensors']:,}",
                 *(multiple(name) for name in most.values()),
-                multiple("largest tensor"),
             ]
         )
         writing.rows.append([row["model"], multiple("written mid-cycle"), multiple("written after a sync")])

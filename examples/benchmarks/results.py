@@ -4,7 +4,8 @@
     python examples/benchmarks/results.py --check     # only say whether RESULTS.md holds what the records give
 
 To publish what you measured, write it to `examples/benchmarks/records/NAME.json` (`--json`), and run this. NAME is the
-program's, or, for a second record of one, any that stands in RESULTS.md as `<!-- records: NAME -->`.
+program's, or, for a second record of one, any that stands in RESULTS.md as `<!-- records: NAME -->`. What
+`on_cuda.py` has measured, in `examples/benchmarks/records/cuda`, stands there as `<!-- records: cuda -->`.
 """
 
 from __future__ import annotations
@@ -20,8 +21,16 @@ HERE = Path(__file__).parent
 
 
 def block(name: str) -> str:
+    """The tables of one record, and how they were made; or of all records of a GPU."""
+    if name == "cuda":
+        found = sorted((HERE / "records" / name).glob("*.json"))
+        return "".join(tables_of(path) for path in found) if found else "\nIt has not been run yet.\n\n"
+    return tables_of(HERE / "records" / f"{name}.json")
+
+
+def tables_of(path: Path) -> str:
     """The tables of one record, and how they were made."""
-    report = json.loads((HERE / "records" / f"{name}.json").read_text())
+    report = json.loads(path.read_text())
     tables = [table.markdown() for table in import_module(report["program"]).tables(report)]
     return "\n" + "\n\n".join([f"    {report['command']}", *tables, origin(report), ""]) + "\n"
 

@@ -6,9 +6,10 @@ One sync reads fast and slow weights and writes both: 16 bytes per parameter in 
 of as many bytes in a plain copy, and with a sync of other implementations of Lookahead on the same parameters: those of
 the packages that are installed (`pip install -e ".[benchmarks]"`, `pip install --no-deps timm`), the loop of the
 official code, and two foreach calls. On a CPU it is measured with one thread and with as many as torch takes, which
-`OMP_NUM_THREADS` sets. Ours also looks whether all fast weights are finite, which the others do not, and
-`EMAWeightAveraging` moves its average alone and leaves the fast weights as they are. With outer momentum there is a
-third tensor to read and to write: 24 bytes per parameter.
+`OMP_NUM_THREADS` sets. The others do not look whether all fast weights are finite, so ours does not either
+(`nonfinite="ignore"`), and what looking costs (`"raise"`, the default) is measured beside. Two foreach calls are no
+implementation: they count no steps and see no new parameters. `EMAWeightAveraging` moves its average alone and leaves
+the fast weights as they are. With outer momentum there is a third tensor to read and to write: 24 bytes per parameter.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from bench.parameters import MODELS, SMOKE, parameters
-from bench.peers import OURS, syncs
+from bench.peers import CHECKED, MOMENTUM, OURS, syncs
 from bench.program import arguments, run
 from bench.timing import ratios, summary, take_turns, text
 from lab.report import Table
@@ -31,6 +32,12 @@ if TYPE_CHECKING:
 
 BYTES = 16
 """Per parameter in float32: two numbers read and two written."""
+
+PRICES = {
+    "looking whether weights are finite": (CHECKED, OURS),
+    "outer momentum": (MOMENTUM, CHECKED),
+}
+"""What is paid for -> the sync with it, and that without."""
 
 
 def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -61,32 +68,35 @@ def _measure(args: argparse.Namespace) -> list[dict[str, Any]]:
             for name, taken in times.items()
         }
         bandwidth = summary([8e-9 * count / second for second in copy])
-        rows.append({"model": model, "parameters": count, "tensors": len(shapes), "GB/s": bandwidth, "syncs": found})
+        prices = {what: summary(ratios(times[more], times[less])) for what, (more, less) in PRICES.items()}
+        row = {"model": model, "parameters": count, "tensors": len(shapes), "GB/s": bandwidth}
+        rows.append({**row, "syncs": found, "prices": prices})
     return rows
 
 
 def tables(report: Report) -> list[Table]:
-    """Time of a sync to that of copying as many bytes, and each peer's to ours."""
+    """Each peer's time to ours, what looking and momentum cost, and ours to that of copying as many bytes."""
     by_threads = itertools.groupby(report["rows"], key=lambda row: row["threads"])
     return [table for threads, rows in by_threads for table in _tables(threads, list(rows))]
 
 
 def _tables(threads: int, rows: list[dict[str, Any]]) -> list[Table]:
     models = [row["model"] for row in rows]
-    plural = "s" if threads > 1 else ""
-    taken = f"with {threads} thread{plural}"
-    sizes = Table(f"What is synced, {taken}", ["model", "parameters", "tensors", "copy, GB/s", "our sync, ms"])
-    for row in rows:
-        ours = text(row["syncs"][OURS]["milliseconds"], "{:.3f}")
-        count = [f"{row['parameters']:,}", f"{row['tensors']:,}"]
-        sizes.rows.append([row["model"], *count, text(row["GB/s"], "{:.1f}"), ours])
-    memory = Table(f"Time of a sync / time of copying 16 bytes per parameter, {taken}", ["", *models])
+    taken = f"with {threads} thread{'s' if threads > 1 else ''}"
     peers = Table(f"Time of a sync / time of ours, {taken}", ["", *models])
+    prices = Table(f"Time of a sync / time without, {taken}", ["", *models])
+    memory = Table(f"Time of a sync / time of copying 16 bytes per parameter, {taken}", ["", *models])
     for name in rows[0]["syncs"]:
-        for table, what in ((memory, "to memory"), (peers, "to ours")):
-            if name != OURS or table is memory:
-                table.rows.append([name, *(text(row["syncs"][name][what]) for row in rows)])
-    return [sizes, memory, peers]
+        if name not in {OURS, CHECKED, MOMENTUM}:
+            peers.rows.append([name, *(text(row["syncs"][name]["to ours"]) for row in rows)])
+        memory.rows.append([name, *(text(row["syncs"][name]["to memory"]) for row in rows)])
+    for what in PRICES:
+        prices.rows.append([what, *(text(row["prices"][what]) for row in rows)])
+    sizes = Table(f"What is synced, {taken}", ["model", "our sync, ms", "copy, GB/s", "parameters", "tensors"])
+    for row in rows:
+        found = text(row["syncs"][OURS]["milliseconds"], "{:.3f}"), text(row["GB/s"], "{:.1f}")
+        sizes.rows.append([row["model"], *found, f"{row['parameters']:,}", f"{row['tensors']:,}"])
+    return [peers, prices, memory, sizes]
 
 
 if __name__ == "__main__":

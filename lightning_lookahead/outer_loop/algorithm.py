@@ -6,14 +6,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .tensors import copy_, descend_, interpolate_
+from .tensors import copy_, difference, in_blocks, interpolate_, sgd_step_
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Collection, Iterable
 
     from torch import Tensor
 
-    from .cpu_buckets import CpuBuckets
     from .tensors import OuterMomentum
 
 
@@ -24,7 +23,7 @@ def outer_step(
     alpha: float,
     momentum: OuterMomentum | None = None,
     *,
-    buckets: CpuBuckets | None = None,
+    portions: Iterable[tuple[list[Tensor], list[Tensor]]] | None = None,
 ) -> None:
     """Move the slow weights part of the way to the fast ones, and put the fast ones there.
 
@@ -51,16 +50,20 @@ def outer_step(
         slow: phi: for each fast tensor one of its shape. Its dtype may be wider, and its device another.
         alpha: Slow weights step size: in (0, 1], or above 0 with momentum.
         momentum: ``None``: Lookahead.
-        buckets: ``fast``, ``slow`` and ``momentum`` arranged for a CPU: equal values in fewer calls.
+        portions: ``fast`` and ``slow`` as ordinary tensors of equal dtypes and devices, in portions to move one after
+            the other: equal values, sooner. With momentum it is not used.
 
     Source: Zhang, Lucas, Hinton, Ba 2019, Algorithm 1. With momentum: SNOO (arXiv 2510.15830), DiLoCo (arXiv
     2311.08105).
     """
-    if buckets is not None:
-        buckets.outer_step(alpha)
-    elif momentum is None:
-        interpolate_(slow, fast, alpha)
-        copy_(fast, slow)
+    if momentum is not None:
+        for theta, phi, b in in_blocks(fast, slow, momentum.b):
+            sgd_step_(phi, difference(phi, theta), b, momentum, alpha)
+            copy_(theta, phi)
+    elif portions is not None:
+        for theta, phi in portions:
+            torch._foreach_lerp_(phi, theta, alpha)
+            torch._foreach_copy_(theta, phi)
     else:
-        descend_(slow, fast, momentum, alpha)
+        interpolate_(slow, fast, alpha)
         copy_(fast, slow)

@@ -57,7 +57,9 @@ class Alpha:
     def of(self, cycle: Cycle) -> float:
         """The step size of the sync that ends a cycle."""
         source, moving = cycle.step_size, cycle.moving
-        if not isinstance(source, AdaptiveAlpha):
+        if isinstance(source, float):
+            alpha = source
+        elif not isinstance(source, AdaptiveAlpha):
             alpha = alpha_at(source, cycle.syncs, self._check)
         elif not moving.fast or (source.needs_loss and self.loss is None):  # a resumed run has no loss yet
             alpha = source.alpha_low

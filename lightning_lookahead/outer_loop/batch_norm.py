@@ -47,7 +47,7 @@ class SlowStatistics:
             check_statistics(module, "buffers='sync'")
         self._module = module if syncs else None
         self._counterparts = copies(self.live)
-        self._share = share
+        self._share, self._looks = share, settings.nonfinite != "ignore"
 
     @property
     def live(self) -> list[Tensor]:
@@ -80,8 +80,9 @@ class SlowStatistics:
         """Do the outer step, unless a statistic of the module is NaN or infinite; share what ranks share before it."""
         if self._share is not None:
             self._share(self.counterparts)
-        if not not_finite(self.live):
-            outer_step(self.live, self.counterparts, alpha)
+        live = self.live
+        if live and not (self._looks and not_finite(live)):
+            outer_step(live, self.counterparts, alpha)
 
     def restore(self) -> None:
         """Let the module hold what the slow statistics are."""

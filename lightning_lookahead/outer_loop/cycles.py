@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_lookahead._arguments import check_k
 
-from .cpu_buckets import CpuBuckets
 from .inner_steps import InnerSteps
+from .moving import Moving
 from .saved_format import GROUP_SETTINGS
 from .schedules import CycleLength, StepSize, k_at
-from .weight_pairs import Moving
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
     from .outer_momentum import MomentumBuffers
     from .parameters import Parameters
     from .settings import Settings
-    from .tensors import OuterMomentum
     from .weight_pairs import WeightPairs
 
 
@@ -47,6 +45,7 @@ class Cycle:
         self.weights: dict[Tensor, Tensor] = {}
         self.moving = Moving([], [])
         self.still: dict[Tensor, Tensor] = {}
+        self._sorted: dict[Tensor, Tensor] | None = None  # the weights when `moving` was made of all of them
 
     @property
     def ends(self) -> int:
@@ -54,19 +53,18 @@ class Cycle:
         return self.begins + k_at(self._k, self.syncs)
 
     def split(self, idle: Collection[Tensor], buffers: MomentumBuffers) -> None:
-        """Set what the sync moves: all weights but the ``idle`` ones. Buckets are made anew only if tensors changed."""
+        """Set what the sync moves: all weights but the ``idle`` ones. They are sorted anew only if they are others."""
         self.still = {p: phi for p, phi in self.weights.items() if p in idle} if idle else {}
-        own = {p: phi for p, phi in self.weights.items() if p not in self.still} if self.still else self.weights
-        fast, slow, known = list(own), list(own.values()), self.moving
-        momentum = buffers.of(fast, slow)
-        same = _same(known.fast, fast) and _same(known.slow, slow) and _same(_b(known.outer_momentum), _b(momentum))
-        if not same or (known.buckets is not None and not known.buckets.fit):
-            if known.buckets is not None:
-                known.buckets.release()
-            self.moving = Moving(fast, slow, momentum, CpuBuckets.arranged(fast, slow, momentum))
+        if self.still or self._sorted is not self.weights or not self.moving.fits:
+            own = {p: phi for p, phi in self.weights.items() if p not in self.still} if self.still else self.weights
+            fast, slow, known = list(own), list(own.values()), self.moving
+            if not (_same(known.fast, fast) and _same(known.slow, slow) and known.fits):
+                self.moving = Moving(fast, slow)
+            self._sorted = None if self.still else self.weights
+        self.moving.outer_momentum = buffers.of(self.moving.fast, self.moving.slow)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "moving": Moving([], []), "still": {}}
+        return {**self.__dict__, "moving": Moving([], []), "still": {}, "_sorted": None}
 
 
 class Cycles:
@@ -79,6 +77,9 @@ class Cycles:
         settings: ``k`` and ``alpha`` for groups without their own, and ``start_step``.
         parameters: The optimizer's parameters.
         attempts: Whether a step counts that was attempted and moved nothing.
+
+    Attributes:
+        next_end: Inner steps before the next sync: all that an ordinary step has to compare.
     """
 
     def __init__(
@@ -87,6 +88,7 @@ class Cycles:
         self._optimizer, self.steps = optimizer, InnerSteps(optimizer, parameters, attempts=attempts)
         self._settings, self._start = settings, settings.start_step
         self._by_settings: dict[tuple[Any, Any], Cycle] = {}
+        self._seen: tuple[dict[Tensor, Tensor], list[Any]] = {}, []  # weights and settings at the last look
         self.update({})
 
     def __iter__(self) -> Iterator[Cycle]:
@@ -101,6 +103,13 @@ class Cycles:
         Args:
             weights: theta -> phi of all trained parameters; each cycle takes those of its groups.
         """
+        seen = (
+            weights,
+            [(group.get("lookahead_k"), group.get("lookahead_alpha")) for group in self._optimizer.param_groups],
+        )
+        if weights is self._seen[0] and seen[1] == self._seen[1]:
+            return
+        self._seen = seen
         known, self._by_settings = self._by_settings, {}
         groups: dict[Cycle, list[dict[str, Any]]] = {}
         for group in self._optimizer.param_groups:
@@ -111,6 +120,11 @@ class Cycles:
             groups.setdefault(self._by_settings.setdefault(own, cycle), []).append(group)
         for cycle, members in groups.items():
             cycle.weights = weights if len(groups) == 1 else _those_of(members, weights)
+        self.steps.look_again()
+        self._look_ahead()
+
+    def _look_ahead(self) -> None:
+        self.next_end = min(cycle.ends for cycle in self)
 
     def _own(self, group: dict[str, Any]) -> tuple[int | None, float | None]:
         """A group's own k and alpha, which are numbers: they are saved with the optimizer."""
@@ -150,8 +164,8 @@ class Cycles:
         for cycle in found:
             idle = pairs.idle
             if not self.since(cycle):  # nothing can be said of gradients, but momentum does not move what is frozen
-                frozen = (p for p in idle if self._settings.outer_momentum and not p.requires_grad)
-                idle = dict.fromkeys(frozen)
+                momentum = self._settings.outer_momentum
+                idle = {p: None for p in idle if not p.requires_grad} if momentum else {}
             cycle.split(idle, pairs.outer_momentum)
         return found
 
@@ -168,6 +182,7 @@ class Cycles:
     def begin_next(self, cycle: Cycle) -> None:
         """Begin a cycle again, after its sync."""
         cycle.begins = self._now
+        self._look_ahead()
 
     def counters(self) -> dict[str, Any]:
         """Counts of steps and syncs, for a checkpoint."""
@@ -182,15 +197,12 @@ class Cycles:
         for cycle, own in zip(self, chain([saved, *saved.get("groups", [])], repeat(new)), strict=False):
             cycle.begins = max(saved["steps"] - own["steps_since_sync"], self._start)
             cycle.syncs = own["syncs"]
+        self._look_ahead()
 
 
 def _those_of(groups: list[dict[str, Any]], weights: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
     own = {parameter for group in groups for parameter in group["params"]}
     return {parameter: phi for parameter, phi in weights.items() if parameter in own}
-
-
-def _b(momentum: OuterMomentum | None) -> list[Tensor]:
-    return momentum.b if momentum else []
 
 
 def _same(left: list[Tensor], right: list[Tensor]) -> bool:

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from .cycles import KeptSettings
-from .inner_steps import is_rehearsal
 from .names import unwrapped
 
 if TYPE_CHECKING:
@@ -32,6 +31,12 @@ class InnerLoop:
         cycles: Counts of steps and syncs.
         persistence: The state that was loaded and waits for the first step.
 
+    Attributes:
+        after_each: Called after each counted step; ``None``: nobody looks.
+        when_due: Called after it in the step that ends a cycle, and in each further one until a sync; ``None``: the
+            caller looks whether a sync is due.
+        looks_in_closure: Whether the caller looks for new parameters (`track_new`) when a closure has run.
+
     Raises:
         ValueError: If the optimizer is watched already.
     """
@@ -46,16 +51,17 @@ class InnerLoop:
         self._optimizer, self._settings = optimizer, settings
         self._pairs, self._cycles, self._steps, self._persistence = pairs, cycles, cycles.steps, persistence
         self._first_step = False  # whether the step under way may begin the first cycle, or resume
+        self.after_each: Callable[[], None] | None = None
+        self.when_due: Callable[[], None] | None = None
+        self.looks_in_closure = False
+        self._early = settings.slow_device is not None  # whether there is something to do a step before a sync
         self._hooks: list[Any] = []
 
     # -- a step
 
     def _before_step(self, _: Optimizer, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-        if is_rehearsal(self._optimizer):
-            return
-        has_closure = named.get("closure") is not None or len(arguments) > 1
-        has_gradient = self._steps.has_gradient
-        if not self._steps.begin(moves=has_gradient and not has_closure):
+        has_closure = len(arguments) > 1 or named.get("closure") is not None
+        if not self._steps.begin(has_closure=has_closure):
             return
         if self._pairs.active == "slow":
             message = (
@@ -65,8 +71,9 @@ class InnerLoop:
             raise RuntimeError(message)
         self._first_step = not self._pairs.two_sets or self._persistence.pending is not None
         if self._first_step:  # a step without a closure may compute its gradients itself: then there are none yet
-            self._begin(computes=has_closure or not has_gradient)
-        self.track_new()
+            self._begin(computes=has_closure or not self._steps.has_gradient)
+        if not (has_closure and self.looks_in_closure):
+            self.track_new()
         if not has_closure:  # a closure computes the gradients within the step
             self._pairs.note_gradients()
 
@@ -104,21 +111,31 @@ class InnerLoop:
 
     def track_new(self) -> None:
         """Take in parameters that were added or unfrozen: phi of each starts at its value now."""
-        if self._pairs.track_new():
+        if self._pairs.has_new:
+            self._pairs.track()
             self._cycles.update(self._pairs.counterparts)
 
     def _after_step(self, *_: object) -> None:
-        if is_rehearsal(self._optimizer):
+        steps = self._steps
+        if steps.rehearsing:
+            steps.rehearsing -= 1
             return
-        self._pairs.note_gradients()
-        counted = self._steps.end()
-        first = self._first_step and self._steps.counted <= self._settings.start_step
-        if first and not counted and not self._steps.under_way:
-            self._pairs.two_sets = False  # the step had no gradient: the first cycle has not begun
-        if counted and self._settings.slow_device and self._steps.counted + 1 in {c.ends for c in self._cycles}:
+        if self._pairs.idle:
+            self._pairs.note_gradients()
+        counted = steps.end()
+        if not counted:
+            if self._first_step and steps.counted <= self._settings.start_step and not steps.under_way:
+                self._pairs.two_sets = False  # the step had no gradient: the first cycle has not begun
+            return
+        if self.after_each is not None:
+            self.after_each()
+        left = self._cycles.next_end - counted
+        if left > self._early:
+            return
+        if left == 1:
             self._pairs.prepare()
-        if counted and self._sync is not None and self._cycles.ended():
-            self._sync()
+        elif self.when_due is not None and self._cycles.ended():
+            self.when_due()
 
     # -- hooks
 
@@ -127,19 +144,13 @@ class InnerLoop:
         """Whether steps are counted: from `watch` until `close`."""
         return bool(self._hooks)
 
-    @property
-    def attempting(self) -> bool:
-        """Whether an `attempt` is under way."""
-        return self._steps.attempting
-
-    def watch(self, sync: Callable[[], None] | None, module: nn.Module | None) -> None:
+    def watch(self, module: nn.Module | None) -> None:
         """Begin to watch.
 
         Args:
-            sync: Called within the step that ends a cycle; ``None``: the caller syncs.
             module: A module whose loading puts a pending state in its place.
         """
-        self._sync, self._module = sync, module
+        self._module = module
         optimizer, kept = self._optimizer, KeptSettings()
         self._hooks = [
             optimizer.register_step_pre_hook(self._before_step),
@@ -169,7 +180,7 @@ class InnerLoop:
         watches = state["_hooks"]
         self.__dict__.update({**state, "_hooks": []})
         if watches:
-            self.watch(self._sync, self._module)
+            self.watch(self._module)
 
 
 class _WhenLoaded:

@@ -15,16 +15,8 @@ if TYPE_CHECKING:
     from .parameters import Parameters
 
 
-def is_rehearsal(optimizer: Optimizer) -> bool:
-    """Whether the step that begins is a rehearsal of ``torch.distributed.checkpoint``.
-
-    Before it reads or writes an empty state it takes a step with gradients and learning rates of zero, so that the
-    optimizer creates its state. A real step may have a learning rate of zero, too (warm-up): the stack tells them
-    apart.
-    """
-    lr = optimizer.param_groups[0].get("lr")
-    if not isinstance(lr, Tensor) and lr != 0:
-        return False
+def in_rehearsal() -> bool:
+    """Whether the stack has the function in which ``torch.distributed.checkpoint`` rehearses a step."""
     frame = sys._getframe()
     while frame is not None:
         if frame.f_code.co_name == "_init_optim_state":
@@ -41,6 +33,9 @@ class InnerSteps:
 
     Attributes:
         attempting: Whether a step is under way that counts even if ``optimizer.step()`` is never called in it.
+        rehearsing: How many calls of ``optimizer.step()`` under way are rehearsals, perhaps within a real step. Before
+            it reads or writes an empty state, ``torch.distributed.checkpoint`` takes a step with gradients and learning
+            rates of zero, so that the optimizer creates its state.
     """
 
     def __init__(self, optimizer: Optimizer, parameters: Parameters, *, attempts: bool = False) -> None:
@@ -50,6 +45,9 @@ class InnerSteps:
         self._depth = 0
         self._attempts, self.attempting = attempts, False
         self._moves = False
+        self.rehearsing = 0
+        self._lr: object = None  # of the last real step, if it was not zero
+        self._likely: Tensor | None = None  # a parameter that had a gradient when it was last asked
         self._backward = BackwardSeen.where_needed(parameters.module, parameters.listed)
 
     @property
@@ -57,24 +55,45 @@ class InnerSteps:
         """Whether a parameter has a gradient."""
         if self._backward is not None:
             return self._backward.since_last
-        groups = self._optimizer.param_groups  # the first that has one ends it: no list is made in each step
-        return any(parameter.grad is not None for group in groups for parameter in group["params"])
+        if self._likely is not None and self._likely.grad is not None:
+            return True
+        groups = self._optimizer.param_groups
+        self._likely = next((p for group in groups for p in group["params"] if p.grad is not None), None)
+        return self._likely is not None
 
-    def begin(self, *, moves: bool) -> bool:
-        """Note that ``optimizer.step()`` begins; return whether no other call of it is under way.
+    def look_again(self) -> None:
+        """Forget which parameter had a gradient: the optimizer's parameters may be others now."""
+        self._likely = None
+
+    def begin(self, *, has_closure: bool) -> bool:
+        """Note that ``optimizer.step()`` begins; return whether it is no rehearsal and no other call is under way.
 
         A subclass that calls ``super().step()`` fires the hooks of both classes. It is one step, which ends when the
         outermost call does.
 
         Args:
-            moves: Whether parameters have their gradients already; ``False`` if a closure is to compute them.
+            has_closure: Whether a closure is to compute the gradients.
         """
+        lr = self._optimizer.param_groups[0].get("lr")
+        if lr is not self._lr and self._is_rehearsal(lr):
+            self.rehearsing += 1
+            return False
+        self.rehearsing = 0  # one that raised has not ended
         if self._depth:
             self._depth = self._calls_under_way() - 1 + self.attempting  # a call that raised has not ended
         self._depth += 1
-        if self._depth == 1:
-            self._moves = moves
-        return self._depth == 1
+        if self._depth > 1:
+            return False
+        self._moves = not has_closure and self.has_gradient
+        return True
+
+    def _is_rehearsal(self, lr: object) -> bool:
+        """Whether a step begins with a learning rate of zero that is not a real one (of a warm-up, say)."""
+        is_tensor = isinstance(lr, Tensor)  # its value is not read, as that would wait for the device
+        if (is_tensor or lr == 0) and in_rehearsal():
+            return True
+        self._lr = lr if is_tensor or lr != 0 else None
+        return False
 
     def _calls_under_way(self) -> int:
         """How many calls of ``optimizer.step()`` are on the stack: torch wraps each in a function for its hooks."""
@@ -85,24 +104,29 @@ class InnerSteps:
             frame = frame.f_back  # type: ignore[assignment]
         return calls
 
-    def end(self) -> bool:
-        """Note that ``optimizer.step()`` ends; count the step if it moved weights, and return whether it did."""
-        self._depth = max(self._depth - 1, 0)
+    def end(self) -> int:
+        """Note that ``optimizer.step()`` ends; count the step if it moved weights.
+
+        Returns:
+            How many are `counted` with it; 0 if it does not count.
+        """
+        if self._depth:
+            self._depth -= 1
         self._moves = self._moves or self.has_gradient  # an inner call may clear its gradients
         if self._backward is not None:
             self._backward.since_last = False
         if self._depth or not (self._moves or self._attempts):
-            return False
+            return 0
         self._moves = False
         self._total += 1
         if self._attempts:
-            return True
+            return self._total
         # A fused optimizer skips inside its kernel. The flag stays on the device: reading it here would wait.
         found_inf: Tensor | None = getattr(self._optimizer, "found_inf", None)
         if found_inf is not None:
             skipped = (found_inf > 0).to(found_inf.dtype)
             self._skipped = skipped if self._skipped is None else self._skipped + skipped
-        return True
+        return self._total
 
     @property
     def under_way(self) -> bool:

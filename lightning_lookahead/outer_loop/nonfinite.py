@@ -11,24 +11,27 @@ from .tensors import copy_
 if TYPE_CHECKING:
     from .batch_norm import SlowStatistics
     from .momentum import Momentum
+    from .moving import Moving
     from .parameters import Parameters
     from .settings import Nonfinite
-    from .weight_pairs import Moving, WeightPairs
+    from .weight_pairs import WeightPairs
     from .workers import Workers
 
 
 def all_finite(moving: Moving, nonfinite: Nonfinite, parameters: Parameters, workers: Workers | None = None) -> bool:
-    """Whether all fast weights are finite; if not, warn, or raise if ``nonfinite`` says so.
+    """Whether all fast weights are finite, or nobody asks; if not, warn, or raise if ``nonfinite`` says so.
 
     Args:
         moving: The weights that the sync moves; may be none.
-        nonfinite: ``"raise"`` raises; ``"skip"`` and ``"restore"`` warn.
+        nonfinite: ``"raise"`` raises; ``"skip"`` and ``"restore"`` warn; ``"ignore"`` looks at nothing.
         parameters: Names for the message. If they are sharded, all ranks take part and get one answer.
         workers: Ranks that train apart: they get one answer, too.
 
     Raises:
         RuntimeError: With the name of the first parameter that is not finite.
     """
+    if nonfinite == "ignore":
+        return True
     bad = moving.not_finite()
     found = bool(bad)
     if parameters.sharded and nonfinite != "raise":  # a rank without a piece takes part, too

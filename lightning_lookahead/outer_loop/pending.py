@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from .saved_format import OUTER_MOMENTUM
-from .tensors import checksum, equal
+from .tensors import checksums, equal
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -62,4 +62,6 @@ class Pending:
     def unlike(self) -> set[Tensor]:
         """The parameters that do not hold the values that they were saved with."""
         known = self.checksums or {}
-        return self.changed | {p for p in self.parameters if p in known and checksum(p) != known[p]}
+        asked = [p for p in self.parameters if p in known]
+        found = zip(asked, checksums(asked), strict=True)
+        return self.changed | {parameter for parameter, value in found if value != known[parameter]}

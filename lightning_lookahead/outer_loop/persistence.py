@@ -13,10 +13,10 @@ from .pending import Pending
 from .saved_format import OTHER, Weights, slow_dtype, without_words
 from .settings import dtype_of
 from .sharded_entries import ShardedEntries
-from .tensors import checksum, copies, copy_
+from .tensors import as_they_are, checksums, copies, copy_
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping
+    from collections.abc import Callable, Collection, Iterable, Mapping
 
     from torch import Tensor
 
@@ -85,12 +85,12 @@ class Persistence:
             self.pairs.adopt()
 
     def state_dict(self, *, whole: bool, lean: bool = False) -> dict[str, Any]:
-        """The state of the outer loop, in copies; `lightning_lookahead.outer_loop.saved_format` documents its keys.
+        """The state of the outer loop; `lightning_lookahead.outer_loop.saved_format` documents its keys.
 
         Args:
             whole: Gather sharded weights on the first rank, as whole tensors; otherwise each rank has its shards.
-            lean: Leave out values that the model's own ``state_dict`` holds, too, unless weights are sharded. Right
-                after a sync those are all values.
+            lean: Unless weights are sharded, leave out values that the model's own ``state_dict`` holds, too (right
+                after a sync all values), and copy nothing: the state is written before training goes on.
         """
         self.adopt()
         lean = lean and not self.parameters.sharded
@@ -108,7 +108,7 @@ class Persistence:
             shards = ShardedEntries(self.parameters, self.settings.slow_dtype)
             state.update({part: shards.cut(own, whole=whole) for part, own in entries.items()}, checksums={})
         else:
-            state.update(self._named(weights, momentum))
+            state.update(self._named(weights, momentum, as_they_are if lean else copies))
         if self.statistics.names:
             other = OTHER[self.saved_with]
             values = self.statistics.live if other == self.pairs.active else self.statistics.counterparts
@@ -128,18 +128,21 @@ class Persistence:
                 entries[which] = own
         return entries
 
-    def _named(self, weights: Entries, momentum: Entries) -> dict[str, Any]:
+    def _named(
+        self, weights: Entries, momentum: Entries, kept: Callable[[Iterable[Tensor]], list[Tensor]]
+    ) -> dict[str, Any]:
         names, beside = self.parameters.names(), self.pairs.values(self.saved_with)
         named = {
             part: {
-                entry: dict(zip(map(names.__getitem__, values), copies(values.values()), strict=True))
+                entry: dict(zip(map(names.__getitem__, values), kept(values.values()), strict=True))
                 for entry, values in entries.items()
             }
             for part, entries in (("weights", weights), ("momentum", momentum))
         }
-        sums = {which: {n: checksum(value) for n, value in own.items()} for which, own in named["weights"].items()}
-        sums[self.saved_with] = {name: checksum(beside.get(p, p).to(p.dtype)) for p, name in names.items()}
-        return {**named, "checksums": sums}
+        summed = {which: dict(own) for which, own in named["weights"].items()}
+        summed[self.saved_with] = {name: beside.get(p, p).to(p.dtype) for p, name in names.items()}
+        found = iter(checksums([value for own in summed.values() for value in own.values()]))
+        return {**named, "checksums": {which: {name: next(found) for name in own} for which, own in summed.items()}}
 
     # -- loading
 
@@ -162,7 +165,8 @@ class Persistence:
         else:
             self._take(pending, state)
         pending.statistics = self._saved_statistics(state.get("statistics", {}))
-        self.pairs.track_new()
+        if self.pairs.has_new:
+            self.pairs.track()
         self.cycles.restore(state, self.pairs.counterparts)
         pending.trained = self._of_names(state.get("trained") or [])
         pending.idle = None if state.get("idle", []) is None else self._of_names(state.get("idle", []))
@@ -194,15 +198,17 @@ class Persistence:
 
         A parameter itself cannot be compared where the module rounds or converts what it loads.
         """
-        moved = pending.parameters
-        for parameter, name in self.parameters.names().items():
-            value = model.get(name)
-            if isinstance(value, torch.Tensor) and pending.checksums and parameter in pending.checksums:
-                saved = pending.checksums.pop(parameter)
-                if parameter in moved and checksum(value) != saved:
-                    pending.changed.add(parameter)
-                if value.shape == parameter.shape and _was_rounded(value, parameter):
-                    pending.loaded[parameter] = value
+        known, moved = pending.checksums or {}, pending.parameters
+        given = {p: model.get(name) for p, name in self.parameters.names().items() if p in known}
+        values = {p: value for p, value in given.items() if isinstance(value, torch.Tensor)}
+        asked = [p for p in values if p in moved]
+        for parameter, found in zip(asked, checksums([values[p] for p in asked]), strict=True):
+            if found != known[parameter]:
+                pending.changed.add(parameter)
+        for parameter, value in values.items():
+            del known[parameter]
+            if value.shape == parameter.shape and _was_rounded(value, parameter):
+                pending.loaded[parameter] = value
 
     def _take(self, pending: Pending, state: dict[str, Any]) -> None:
         """Take the tensors of a state by parameter name, with their checksums."""
@@ -244,6 +250,7 @@ class Persistence:
             self._settle(pending)
         if pending is None or not pending.two_sets:
             self.pairs.track_replaced()
+            self.cycles.update(self.pairs.counterparts)
             self.pairs.start()
             self.statistics.start()
 
@@ -295,8 +302,11 @@ class Persistence:
 
 def _agree(value: Tensor, other: Tensor) -> bool:
     """Whether two tensors have equal values; their dtypes may differ, and neither is rounded."""
+    if value is other:
+        return True
     common = torch.promote_types(value.dtype, other.dtype)
-    return torch.equal(value.to(common), other.to(value.device, common))
+    first = [(value[:1], other[:1])] if value.ndim else []  # in the middle of a cycle the first row tells
+    return all(torch.equal(one.to(common), two.to(one.device, common)) for one, two in [*first, (value, other)])
 
 
 def _was_rounded(value: Tensor, parameter: Tensor) -> bool:

@@ -36,7 +36,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args
 import torch
 
 from .settings import dtype_of
-from .tensors import checksum
+from .tensors import checksums
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -216,8 +216,9 @@ def check_entries(entry: str, values: dict[str, Tensor], parameters: dict[str, T
 def check_sums(entries: dict[str, dict[str, Tensor]], sums: dict[str, dict[str, int]]) -> None:
     """Raise if a weight does not have the checksum in the file."""
     for entry, values in entries.items():
-        for name, value in values.items():
-            if name in sums.get(entry, {}) and checksum(value) != sums[entry][name]:
+        known = [name for name in values if name in sums.get(entry, {})]
+        for name, found in zip(known, checksums([values[name] for name in known]), strict=True):
+            if found != sums[entry][name]:
                 message = f"The {entry} weights of {name!r} are not those that were saved: the file is damaged."
                 raise ValueError(message)
 

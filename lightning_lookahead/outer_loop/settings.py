@@ -23,7 +23,7 @@ from .schedules import CycleLength, StepSize, check_cycle_length, check_step_siz
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-Nonfinite = Literal["raise", "skip", "restore"]
+Nonfinite = Literal["raise", "skip", "restore", "ignore"]
 Buffers = Literal["keep", "sync"]
 SlowDtype = Literal["float32", "float64", "bfloat16", "float16"]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from .algorithm import outer_step
@@ -44,7 +44,8 @@ class SlowWeights:
 
     Args:
         optimizer: The inner optimizer, any `torch.optim.Optimizer`. Its parameters must be where they will be trained
-            (device, shard). Frozen ones are left alone until they need a gradient; added ones join.
+            (device, shard). Frozen ones are left alone until they need a gradient. Those of a new group join, and those
+            that are put into another group's list do so at the next sync.
         k: Inner steps from one sync to the next; at least 1. Or a function of the number of syncs done, `Linear`, say.
             A group's own ``"lookahead_k"`` goes before it.
         alpha: Slow weights step size, in (0, 1]; 1 leaves the inner optimizer as it is. Or a function as for ``k``, or
@@ -63,7 +64,8 @@ class SlowWeights:
         outer_momentum: mu of the outer step, in [0, 1); 0 is Lookahead. It costs one more slow tensor per parameter.
         outer_nesterov: Whether the outer momentum is Nesterov's; without outer momentum it is not used.
         nonfinite: What a sync does if a fast weight is NaN or infinite: ``"raise"``, with phi as it was; ``"skip"``
-            this sync; ``"restore"`` theta to phi, with the state of a new optimizer.
+            this sync; ``"restore"`` theta to phi, with the state of a new optimizer. ``"ignore"`` does not look: a
+            sync then reads nothing twice and never waits for the device.
         slow_dtype: Floating-point type of the slow weights; by default the parameters', but at least float32.
         slow_device: Device of the slow weights, ``"cpu"``, say; by default the parameters'.
         buffers: What a sync does to the running means and variances of ``module``'s BatchNorm layers: ``"keep"`` leaves
@@ -136,7 +138,9 @@ class SlowWeights:
             settings, self.parameters, self.pairs, self.cycles, self._momentum, self.statistics, model_weights
         )
         self.inner_loop = InnerLoop(optimizer, settings, self.pairs, self.cycles, self.persistence)
-        self.inner_loop.watch(self.sync if sync_in_step else None, module if sync_in_step else None)
+        self.inner_loop.watch(module if sync_in_step else None)
+        if sync_in_step:
+            self.inner_loop.when_due = self.sync
 
     def __repr__(self) -> str:
         k, alpha = describe(self.settings.k), describe(self.settings.alpha)
@@ -244,9 +248,16 @@ class SlowWeights:
         alphas = [self.alpha.of(cycle) if is_finite else None for cycle, is_finite in zip(due, finite, strict=True)]
         for cycle, alpha in zip(due, alphas, strict=True):
             if alpha is not None:
-                with self.pairs.at_hand(cycle.moving) as moving:
-                    step = outer_step if self._workers is None else self._workers.outer_step
-                    step(moving.fast, moving.slow, alpha, moving.outer_momentum, buckets=moving.buckets)
+                with (
+                    self.pairs.at_hand(cycle.moving)
+                    if self.settings.slow_device
+                    else nullcontext(cycle.moving) as moving
+                ):
+                    own = moving.fast, moving.slow, alpha, moving.outer_momentum
+                    if self._workers is None:
+                        outer_step(*own, portions=moving.portions())
+                    else:
+                        self._workers.outer_step(*own)
                 self._momentum.after_sync(cycle.moving.fast, alpha)
                 if cycle is self.cycles.first:
                     self.statistics.sync(min(alpha, 1.0))  # further than the fast ones a variance may be negative

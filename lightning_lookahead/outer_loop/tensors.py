@@ -6,13 +6,16 @@ no collective is issued.
 
 from __future__ import annotations
 
-import cmath
+import os
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.distributed.tensor import DTensor
+
+from . import fused_momentum
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator
@@ -43,6 +46,11 @@ def copies(tensors: Iterable[Tensor]) -> list[Tensor]:
     update an inference tensor in place.
     """
     return [tensor.detach().clone() for tensor in tensors]
+
+
+def as_they_are(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Each tensor itself, for a file; a view is copied, as a file would hold all that it is a view of."""
+    return [t.detach() if t.untyped_storage().nbytes() == t.nbytes else t.detach().clone() for t in tensors]
 
 
 @torch.no_grad()
@@ -83,42 +91,47 @@ class OuterMomentum:
     nesterov: bool
 
 
-@torch.no_grad()
-def descend_(slow: Collection[Tensor], fast: Collection[Tensor], momentum: OuterMomentum, alpha: float) -> None:
-    """A step of `torch.optim.SGD` on ``slow`` with the gradient ``slow - fast``, formed in the dtype of ``slow``."""
-    for phi, theta, b in in_portions(local(slow), local(fast), local(momentum.b)):
-        s = [one - other.to(one) for one, other in zip(phi, theta, strict=True)]
-        sgd_step_(phi, s, b, momentum, alpha)
+def difference(phi: list[Tensor], theta: list[Tensor]) -> list[Tensor]:
+    """``phi - theta`` in phi's dtype; it overwrites each theta that can hold it."""
+    return [
+        torch.sub(one, other, out=other)
+        if one.dtype == other.dtype and one.device == other.device
+        else one - other.to(one)
+        for one, other in zip(phi, theta, strict=True)
+    ]
 
 
 def sgd_step_(phi: list[Tensor], s: list[Tensor], b: list[Tensor], momentum: OuterMomentum, alpha: float) -> None:
     """A step of `torch.optim.SGD` with the gradient ``s``, by its operations in their order; overwrites ``s``."""
-    if not phi[0].is_cpu:
-        torch._foreach_mul_(b, momentum.mu)
-        torch._foreach_add_(b, s)
-        if momentum.nesterov:
-            torch._foreach_add_(s, b, alpha=momentum.mu)
-        torch._foreach_add_(phi, s if momentum.nesterov else b, alpha=-alpha)
+    mu, nesterov = momentum.mu, momentum.nesterov
+    on_cpu = all(slow.is_cpu for slow in phi)
+    if on_cpu and (len(phi) == 1 or any(slow.dtype.itemsize < 4 for slow in phi)):  # noqa: PLR2004 (of float32)
+        # One by one, as there: foreach would round mu to a half precision before it multiplies.
+        for row in zip(phi, s, b, strict=True):
+            fused_momentum.sgd_step_(*row, mu=mu, nesterov=nesterov, alpha=alpha)
         return
-    # On a CPU one by one, as there: foreach would round mu to a half precision before it multiplies.
-    for slow, way, moved in zip(phi, s, b, strict=True):
-        moved.mul_(momentum.mu).add_(way)
-        slow.add_(way.add_(moved, alpha=momentum.mu) if momentum.nesterov else moved, alpha=-alpha)
+    torch._foreach_mul_(b, mu)
+    torch._foreach_add_(b, s)
+    if nesterov:
+        torch._foreach_add_(s, b, alpha=mu)
+    torch._foreach_add_(phi, s if nesterov else b, alpha=-alpha)
 
 
-def in_portions(*lists: Collection[Tensor], cut: bool = False) -> Iterator[tuple[list[Tensor], ...]]:
-    """Equally long lists in portions of at most `PORTION` values, or of one tensor.
+def in_portions(*lists: Collection[Tensor], most: int = 0, cut: bool = False) -> Iterator[tuple[list[Tensor], ...]]:
+    """Equally long lists in portions of so many values, or of one tensor.
 
     Args:
         lists: Lists of tensors, of equal shapes across the lists.
+        most: Values of a portion; by default `PORTION`.
         cut: Cut tensors of more values into pieces, flat views, if they are contiguous.
     """
+    most = most or PORTION
     portion: list[tuple[Tensor, ...]] = []
     size = 0
     rows = zip(*lists, strict=True)
-    for row in (piece for whole in rows for piece in _pieces(whole)) if cut else rows:
+    for row in (piece for whole in rows for piece in _pieces(whole, most)) if cut else rows:
         size += row[0].numel()
-        if portion and size > PORTION:
+        if portion and size > most:
             yield tuple(map(list, zip(*portion, strict=True)))
             portion, size = [], row[0].numel()
         portion.append(row)
@@ -126,51 +139,55 @@ def in_portions(*lists: Collection[Tensor], cut: bool = False) -> Iterator[tuple
         yield tuple(map(list, zip(*portion, strict=True)))
 
 
-def _pieces(row: tuple[Tensor, ...]) -> Iterable[tuple[Tensor, ...]]:
-    if row[0].numel() <= PORTION or not all(tensor.is_contiguous() for tensor in row):
+def _pieces(row: tuple[Tensor, ...], most: int) -> Iterable[tuple[Tensor, ...]]:
+    if row[0].numel() <= most or not all(tensor.is_contiguous() for tensor in row):
         return [row]
-    return zip(*(torch.split(tensor.view(-1), PORTION) for tensor in row), strict=True)
+    return zip(*(torch.split(tensor.view(-1), most) for tensor in row), strict=True)
 
 
 PORTION = 2**24
 """Values of a temporary copy: little beside the weights of a large model."""
 
+BLOCK = 2**18
+"""Values that stay in a CPU's cache from the first call on them to the last."""
+
+
+def in_blocks(fast: Collection[Tensor], slow: Collection[Tensor], b: Collection[Tensor]) -> Iterator[Any]:
+    """`in_portions` for an outer step with momentum: on a CPU they stay in the cache from its first call to its last.
+
+    Half precision slow weights are not cut: torch rounds a product in the last values of a tensor in another way.
+    """
+    lists = [local(tensors) for tensors in (fast, slow, b)]
+    if not all(phi.is_cpu and phi.dtype in {torch.float32, torch.float64} for phi in lists[1]):
+        return in_portions(*lists)
+    # Several threads divide a block, so that it may be larger, and wait for each other less often.
+    return in_portions(*lists, most=BLOCK * (1 if torch.get_num_threads() == 1 else 4), cut=True)
+
 
 @torch.no_grad()
 def exchange_(left: Collection[Tensor], right: Collection[Tensor]) -> None:
-    """Exchange the values of each pair, all or none, with extra memory for one tensor at a time."""
+    """Exchange the values of each pair, all or none, with extra memory for one portion or tensor at a time."""
     left, right = local(left), local(right)
+    on_cpu = all(tensor.is_cpu for tensor in (*left, *right))
+    _exchange_(list(in_portions(left, right, most=BLOCK if on_cpu else PORTION, cut=True)))
+
+
+def _exchange_(portions: list[Any]) -> None:
     done = 0
     try:
-        for a, b in zip(left, right, strict=True):
-            values = a.clone()
-            a.copy_(b)
+        for a, b in portions:
+            values = copies(a)
+            copy_(a, b)
             try:
-                b.copy_(values)
+                copy_(b, values)
             except BaseException:
-                a.copy_(values)
+                copy_(a, values)
                 raise
-            del values  # before the next one is made
+            del values  # before the next ones are made
             done += 1
     except BaseException:  # out of memory, say: half exchanged, the weights would be neither set
-        exchange_(left[:done], right[:done])
+        _exchange_(portions[:done])
         raise
-
-
-@torch.no_grad()
-def seem_finite(tensors: Collection[Tensor]) -> bool:
-    """Whether all values are finite, as fast as memory can be read; waits for the device once.
-
-    ``True`` is certain. After ``False`` ask `not_finite`: a sum of finite values may overflow.
-    """
-    listed = local(tensors)
-    if not all(tensor.is_cpu for tensor in listed):
-        return not not_finite(listed)  # one kernel for all tensors; sums would be one each
-    return all(cmath.isfinite(_sum(tensor).item()) for tensor in listed)
-
-
-def _sum(tensor: Tensor) -> Tensor:
-    return tensor.sum(dtype=torch.float32 if tensor.dtype in (torch.float16, torch.bfloat16) else None)
 
 
 @torch.no_grad()
@@ -211,6 +228,17 @@ def checksum(tensor: Tensor) -> int:
     return zlib.crc32(flat.view(torch.uint8).numpy().data)
 
 
+def checksums(tensors: Collection[Tensor]) -> list[int]:
+    """The `checksum` of each tensor, several at a time where that is worth it: reading bytes lets other threads run."""
+    if sum(tensor.nbytes for tensor in tensors) < WORTH_THREADS:
+        return list(map(checksum, tensors))
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        return list(pool.map(checksum, tensors))
+
+
+WORTH_THREADS = 2**24
+"""Bytes that take longer to read than threads to start."""
+
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -222,13 +250,20 @@ def bit_sum(tensor: Tensor) -> Tensor:
     real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
     bits = real.detach().reshape(-1).view(_BITS[real.element_size()])
     whole = len(bits) // _WIDTH * _WIDTH
-    rows, rest = bits[:whole].view(-1, _WIDTH), bits[whole:]
-    sums = [rows.sum(1, dtype=torch.int64), rows.sum(0, dtype=torch.int64), rest.to(torch.int64)]
+    rows, rest = bits[:whole].view(-1, _WIDTH), bits[whole:].to(torch.int64)
+    by_row, by_column = [], []
+    for block in torch.split(rows, _ROWS):
+        numbers = block.to(torch.int64)  # it stays in a CPU's cache for both sums
+        by_row.append(numbers.sum(1))
+        by_column.append(numbers.sum(0))
     total = torch.zeros((), dtype=torch.int64, device=bits.device)
-    for factor, part in zip((3, 5, 7), sums, strict=True):
+    for factor, part in zip((3, 5, 7), (torch.cat(by_row), torch.stack(by_column).sum(0), rest), strict=True):
         total += factor * (part * torch.arange(1, len(part) + 1, device=bits.device)).sum()
     return total
 
 
 _WIDTH = 2**10
-"""Values in a row of `bit_sum`, which needs memory for one row and one column."""
+"""Values in a row of `bit_sum`."""
+
+_ROWS = 2**7
+"""Rows of a block of `bit_sum`: a megabyte of integers."""

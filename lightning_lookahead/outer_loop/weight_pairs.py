@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import operator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 
+from .moving import Moving
 from .offload import Offload
 from .outer_momentum import MomentumBuffers
 from .parameters import parameters_of
@@ -22,24 +23,11 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.optim import Optimizer
 
-    from .cpu_buckets import CpuBuckets
     from .saved_format import Weights
     from .settings import Settings
-    from .tensors import OuterMomentum
 
 
-@dataclass
-class Moving:
-    """The weights that a sync moves: fast ones, for each a slow one and its momentum, and all arranged for a CPU."""
-
-    fast: list[Tensor]
-    slow: list[Tensor]
-    outer_momentum: OuterMomentum | None = None
-    buckets: CpuBuckets | None = None
-
-    def not_finite(self) -> list[int]:
-        """Which of the fast weights have a value that is NaN or infinite."""
-        return not_finite(self.fast) if self.buckets is None else self.buckets.not_finite()
+_NEEDS_GRADIENT = operator.attrgetter("requires_grad")
 
 
 class WeightPairs:
@@ -83,7 +71,7 @@ class WeightPairs:
         self._listed: list[Tensor] = []
         self.two_sets = False
         self.idle: dict[Tensor, None] = {}
-        self._left_alone: list[Tensor] = []
+        self._frozen: list[Tensor] = []
         self.track()
 
     @property
@@ -96,7 +84,7 @@ class WeightPairs:
 
     def track(self, also: Collection[Tensor] = ()) -> None:
         """Look at the optimizer's groups again; take in ``also``, even if they need no gradient."""
-        self._listed = parameters_of(self._optimizer)
+        self._listed, self._groups = parameters_of(self._optimizer), len(self._optimizer.param_groups)
         by_storage = {storage_key(parameter): parameter for parameter in reversed(self._listed)}
         single = dict.fromkeys(reversed(by_storage.values()))
         known = self.counterparts
@@ -104,24 +92,26 @@ class WeightPairs:
         new = [parameter for parameter in trained if parameter not in known]
         every = {**known, **dict(zip(new, self._counterparts_of(new), strict=True))}
         self._counterparts = {parameter: every[parameter] for parameter in trained}
-        self._left_alone = [parameter for parameter in single if parameter not in self._counterparts]
+        self._frozen = [p for p in single if p not in self._counterparts and p not in self._exclude]
         self.idle = dict.fromkeys(
             parameter for parameter in trained if parameter in self.idle or parameter not in known
         )
         self.outer_momentum.keep(self._counterparts)
 
-    def track_new(self) -> bool:
-        """Take in parameters that were added or unfrozen; return whether there are any. Trained ones cost nothing."""
-        listed = sum(len(group["params"]) for group in self._optimizer.param_groups)
-        unfrozen = (parameter.requires_grad and parameter not in self._exclude for parameter in self._left_alone)
-        if listed != len(self._listed) or any(unfrozen):
-            self.track()
+    @property
+    def has_new(self) -> bool:
+        """Whether there is a new group, or a parameter that was frozen and is not now.
+
+        Only frozen parameters are asked, one by one: nothing tells when a parameter is unfrozen.
+        """
+        if len(self._optimizer.param_groups) != self._groups:
             return True
-        return False
+        return bool(self._frozen) and any(map(_NEEDS_GRADIENT, self._frozen))
 
     def track_replaced(self) -> None:
-        """Take in parameters that have replaced others in the groups."""
-        if any(map(operator.is_not, self._listed, parameters_of(self._optimizer))):
+        """Take in parameters that were put into a group, or taken out of one, and new ones."""
+        listed = parameters_of(self._optimizer)
+        if len(listed) != len(self._listed) or any(map(operator.is_not, self._listed, listed)) or self.has_new:
             self.track()
 
     def note_gradients(self) -> None:
@@ -255,8 +245,9 @@ class WeightPairs:
         No step has moved the ``still`` ones: what they hold was written from outside, and belongs to both sets. Those
         that are frozen lose their momentum.
         """
-        copy_(still.values(), still)
-        self.outer_momentum.forget(parameter for parameter in still if not parameter.requires_grad)
+        if still:
+            copy_(still.values(), still)
+            self.outer_momentum.forget(parameter for parameter in still if not parameter.requires_grad)
         self.idle.update(dict.fromkeys(weights))
 
     def distance(self) -> Tensor:

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.distributed import ProcessGroup
 
-    from .cpu_buckets import CpuBuckets
     from .tensors import OuterMomentum
 
 Place = Literal["at a sync", "at the end of a batch", "at the start of an epoch", "at the end of an epoch"]
@@ -108,8 +107,6 @@ class Workers:
         slow: Collection[Tensor],
         alpha: float,
         momentum: OuterMomentum | None = None,
-        *,
-        buckets: CpuBuckets | None = None,
     ) -> None:
         """Do `algorithm.outer_step` with the mean of all ranks' fast weights, formed in the slow weights' dtype.
 

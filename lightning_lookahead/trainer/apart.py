@@ -26,7 +26,7 @@ from lightning_lookahead.outer_loop.shared_buffers import SharedBuffers
 from lightning_lookahead.outer_loop.workers import Workers
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from lightning.pytorch import Trainer
     from lightning.pytorch.strategies import Strategy
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from lightning_lookahead.outer_loop.settings import Settings
-    from lightning_lookahead.outer_loop.slow_weights import SlowWeights
 
     from .outer_loops import OuterLoops
 
@@ -150,16 +149,15 @@ class Apart:
                 " for ever. Give 'together'",
             )
 
-    def watch(self, strategy: Strategy, loops: OuterLoops, after_step: Callable[[SlowWeights], None] | None) -> None:
+    def watch(self, strategy: Strategy, loops: OuterLoops) -> None:
         """Count every attempt at a step.
 
         Args:
             strategy: The strategy. Lightning's optimizers step through it, also if a scaler then skips the step.
             loops: The outer loops.
-            after_step: Called after each step.
         """
         strategy.optimizer_step = functools.partial(  # type: ignore[method-assign]
-            self._optimizer_step, strategy, loops, after_step
+            self._optimizer_step, strategy, loops
         )
 
     def part(self, loops: OuterLoops) -> None:
@@ -168,13 +166,7 @@ class Apart:
         self._ddp.broadcast_buffers = self._sends and not self.active
 
     def _optimizer_step(
-        self,
-        strategy: Strategy,
-        loops: OuterLoops,
-        after_step: Callable[[SlowWeights], None] | None,
-        optimizer: Optimizer,
-        *args: Any,
-        **named: Any,
+        self, strategy: Strategy, loops: OuterLoops, optimizer: Optimizer, *args: Any, **named: Any
     ) -> Any:
         """What ``strategy.optimizer_step()`` returns, counted on every rank alike."""
         slow = next((own for own in loops.slow_weights if own.optimizer is optimizer), None)
@@ -183,8 +175,6 @@ class Apart:
         with slow.inner_loop.attempt():
             output = type(strategy).optimizer_step(strategy, optimizer, *args, **named)
         self.part(loops)
-        if after_step is not None:
-            after_step(slow)
         return output
 
     def compare_batches(self, trainer: Trainer, loops: OuterLoops) -> None:

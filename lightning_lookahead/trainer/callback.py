@@ -6,15 +6,13 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from lightning_lookahead._arguments import PullbackMomentum, check_bool, check_choice
-from lightning_lookahead._lightning import Callback, check_trainer, join_packages, log_to_loggers, move_to_front
+from lightning_lookahead._lightning import Callback, check_trainer, join_packages, move_to_front
 from lightning_lookahead.evaluation.recalibration import check_recalibrate
 from lightning_lookahead.outer_loop.saved_format import check_weights
 from lightning_lookahead.outer_loop.settings import Buffers, Nonfinite, Settings
 
 from .apart import check_options
-from .fit import Fit, SyncOptimizers
-from .rank_check import RankCheck
-from .sync_log import figures
+from .fit import Fit, LogSyncs, SyncOptimizers
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -57,7 +55,8 @@ class LookaheadCallback(Callback):
         sync_optimizers: ``"independently"``: each optimizer syncs for itself. ``"together"``: all sync when each has
             taken its ``k`` steps (Lookahead-Minmax for GANs).
         nonfinite: What a sync does if a fast weight is NaN or infinite: ``"raise"``, ``"skip"`` this sync, or
-            ``"restore"`` the weights of the last sync, with the state of a new inner optimizer.
+            ``"restore"`` the weights of the last sync, with the state of a new inner optimizer. ``"ignore"`` does not
+            look, as Algorithm 1: a sync is sooner by the time of one reading, and never waits for the device.
         slow_dtype: Floating-point type of the slow weights; by default the parameters', but at least float32.
         slow_device: Where the slow weights are kept, ``"cpu"``, say; by default beside the parameters.
         buffers: What a sync does to BatchNorm's running means and variances: ``"keep"`` leaves them alone, ``"sync"``
@@ -68,7 +67,7 @@ class LookaheadCallback(Callback):
         share_gradients: Whether DDP's ranks share gradients in each step. ``False``: from ``start_step`` on they train
             apart, and a sync moves phi towards the mean of their fast weights (Local SGD, DiLoCo).
         log_syncs: Send ``lookahead/syncs`` to the Trainer's loggers every ``log_every_n_steps``, and
-            ``lookahead/alpha`` if it changes.
+            ``lookahead/alpha`` if it changes. ``"progress_bar"`` shows them there, too.
         log_distance: Send ``lookahead/distance`` there, how far theta and phi were apart just before the last sync
             (Euclidean).
         check_ranks: After each sync, compare the weights of all ranks (DDP), and their outer momentum, and raise if one
@@ -111,7 +110,7 @@ class LookaheadCallback(Callback):
         monitor: InnerOuterMonitor | None = None,
         recalibrate_batch_norm: bool | int = False,  # noqa: FBT001, FBT002
         share_gradients: bool = True,  # noqa: FBT001, FBT002
-        log_syncs: bool = False,  # noqa: FBT001, FBT002 (YAML and the command line name every argument)
+        log_syncs: LogSyncs = False,  # noqa: FBT002 (YAML and the command line name every argument)
         log_distance: bool = False,  # noqa: FBT001, FBT002
         check_ranks: bool = False,  # noqa: FBT001, FBT002
     ) -> None:
@@ -122,6 +121,9 @@ class LookaheadCallback(Callback):
         check_choice("unfinished_cycle", unfinished_cycle, get_args(UnfinishedCycle))
         check_choice("sync_optimizers", sync_optimizers, get_args(SyncOptimizers))
         check_recalibrate(recalibrate_batch_norm, eval_weights)
+        if log_syncs not in (True, False, "progress_bar"):
+            message = f"log_syncs={log_syncs!r} is unknown: give True, False or 'progress_bar'."
+            raise ValueError(message)
         self.exclude = [exclude] if isinstance(exclude, str) else list(exclude or [])
         self.share_gradients = check_bool(share_gradients, "share_gradients")
         if not share_gradients:
@@ -130,7 +132,7 @@ class LookaheadCallback(Callback):
         self.unfinished_cycle, self.sync_optimizers = unfinished_cycle, sync_optimizers
         self.monitor, self.recalibrate_batch_norm = monitor, recalibrate_batch_norm
         self.log_syncs, self.log_distance, self.check_ranks = log_syncs, log_distance, check_ranks
-        self._ranks, self._in_trainer = RankCheck(), False
+        self._in_trainer = False
         self._fit = self._new_fit()
 
     def _new_fit(self) -> Fit:
@@ -142,8 +144,18 @@ class LookaheadCallback(Callback):
         }
         if not self.share_gradients:
             saved["share_gradients"] = False
-        options = self.eval_weights, self.sync_optimizers, self.recalibrate_batch_norm, self.monitor
-        return Fit(self.state_key, self.settings, saved, *options)
+        return Fit(
+            self.state_key,
+            self.settings,
+            saved,
+            self.eval_weights,
+            self.sync_optimizers,
+            self.recalibrate_batch_norm,
+            self.monitor,
+            self.log_syncs,
+            self.log_distance,
+            self.check_ranks,
+        )
 
     @property
     def slow_weights(self) -> list[SlowWeights]:
@@ -171,11 +183,10 @@ class LookaheadCallback(Callback):
         move_to_front(trainer, self)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._fit.start(trainer, pl_module, self.exclude, log_distance=self.log_distance, check_ranks=self.check_ranks)
+        self._fit.start(trainer, pl_module, self.exclude)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._fit.begin(trainer)
-        self._ranks.begin(self.slow_weights)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._fit.apart is not None:
@@ -189,24 +200,16 @@ class LookaheadCallback(Callback):
         self._fit.checkpoints.begin_batch()
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        self.loops.track_new(optimizer)  # training_step may have unfrozen some
+        for slow in self._fit.loops.slow_weights:  # training_step may have added or unfrozen parameters
+            if slow.optimizer is optimizer and slow.pairs.has_new:
+                slow.inner_loop.track_new()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._fit.checkpoints.end_batch()
-        if self._fit.apart is not None:
-            self._fit.apart.end_batch(trainer, self.loops)
-        self._fit.note_loss(trainer, pl_module, outputs, batch, batch_idx)
-        for slow in self.slow_weights:
-            self._fit.sync_due(trainer, slow)
-        if self.check_ranks:
-            self._ranks.look(trainer, pl_module, self.slow_weights, "slow" if self._fit.apart else "fast")
-        if self.log_syncs or self.log_distance:
-            log_to_loggers(trainer, figures(self.slow_weights, syncs=self.log_syncs))
-        self._fit.swap.note_modes(pl_module)
-        if self.monitor is not None and self.slow_weights:
-            self.monitor.publish(trainer, pl_module)
+        self._fit.checkpoints.in_batch = False
+        if self._fit.ended or self._fit.looks_always:
+            self._fit.end_batch(trainer, pl_module, outputs, batch, batch_idx)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._fit.end(trainer, sync_unfinished=self.unfinished_cycle == "sync")

@@ -54,6 +54,7 @@ class CheckpointHooks:
     Attributes:
         apart: The ranks, if they train apart.
         own_buffers: Buffers of this rank's own in the loaded checkpoint.
+        in_batch: Whether a backward may be to come.
     """
 
     key: str
@@ -72,7 +73,8 @@ class CheckpointHooks:
         self._restored_model: dict[str, Any] = {}  # the module's state in that checkpoint
         self._before_loading: dict[str, Tensor] = {}  # the module's state before a checkpoint was loaded
         self._optimizers_before: list[Any] | None = None  # the strategy's, before the fit sets up its own
-        self._in_batch = False  # whether a backward may be to come
+        self.in_batch = False
+        self._others_loaded: bool | None = None  # the answer of this checkpoint
         self._shown: list[SlowWeights] = []  # swapped while others look at a checkpoint
         self._replaced: list[tuple[dict[str, Any], str, Tensor]] = []  # state_dict, name, value before
 
@@ -105,12 +107,9 @@ class CheckpointHooks:
 
     def begin_batch(self) -> None:
         """Note that a batch begins: a backward may be to come."""
-        self._end_showing()
-        self._in_batch = True
-
-    def end_batch(self) -> None:
-        """Note that a batch has ended: no backward is to come."""
-        self._in_batch = False
+        if self._shown:
+            self._end_showing()
+        self.in_batch = True
 
     def keep_loaded(self) -> None:
         """Drop what `undo` would restore: the loaded checkpoint was accepted."""
@@ -118,7 +117,7 @@ class CheckpointHooks:
 
     def undo(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """After an exception, restore the module's state of before the checkpoint was loaded, if that was refused."""
-        self._in_batch, self._shown, self._replaced = False, [], []
+        self.in_batch, self._shown, self._replaced = False, [], []
         if self._before_loading and trainer.state.fn == "fit":
             pl_module.load_state_dict(self._before_loading)
         self._before_loading = {}
@@ -141,7 +140,8 @@ class CheckpointHooks:
         """What ``strategy.lightning_module_state_dict()`` returns during a fit and after it, swapped or not."""
         original = functools.partial(type(strategy).lightning_module_state_dict, strategy)
         # Without this callback, another fit may have begun, or other weights may have been loaded into the module.
-        if not self.loops.are_of(strategy.optimizers) or self.loops.others_loaded:
+        self._others_loaded = self.loops.others_loaded
+        if not self.loops.are_of(strategy.optimizers) or self._others_loaded:
             return original()
         if self.weights == "fast" and all(slow.active == "fast" for slow in self.loops.slow_weights):
             return original()
@@ -178,7 +178,9 @@ class CheckpointHooks:
         if not self.loops.are_of(trainer.optimizers):  # the weights are of another fit
             state["optimizers"] = []
             return
-        loaded = self.loops.others_loaded
+        # Lightning has asked for the module's state just before: after a fit the answer takes long.
+        loaded = self.loops.others_loaded if self._others_loaded is None else self._others_loaded
+        self._others_loaded = None
         if self.apart is not None and self.apart.active and not trainer.interrupted:
             loaded = self.apart.workers.any(loaded)
         if loaded:
@@ -198,16 +200,16 @@ class CheckpointHooks:
         state["optimizers"] = states
         if self.apart is not None and self.apart.active:
             rank_states.save(trainer, checkpoint, state, self.apart, self.loops)
-        self._show_to_others(checkpoint["state_dict"])
+        self._show_to_others(checkpoint["state_dict"], states)
 
-    def _show_to_others(self, state_dict: dict[str, Any]) -> None:
+    def _show_to_others(self, state_dict: dict[str, Any], states: list[dict[str, Any]]) -> None:
         """Let the module hold the weights of the checkpoint while other callbacks see it in ``on_save_checkpoint``.
 
         Not within a batch: a backward that is to come would notice. Not if the weights are sharded: the ``state_dict``
         may be views of them. The strategy's ``save_checkpoint`` ends it, or else the next batch. Values of the
-        ``state_dict`` that are not copies change with the swap, and are replaced until then.
+        ``state_dict`` and of our own states that are not copies change with the swap, and are replaced until then.
         """
-        if self._in_batch or any(slow.parameters.sharded for slow in self.loops.slow_weights):
+        if self.in_batch or any(slow.parameters.sharded for slow in self.loops.slow_weights):
             return
         self._shown = [
             slow for slow in self.loops.slow_weights if slow.inner_loop.watches and slow.active != self.weights
@@ -220,6 +222,13 @@ class CheckpointHooks:
             if parameter is not None:
                 self._replaced.append((state_dict, name, value))
                 state_dict[name] = parameter.detach()
+        other = OTHER[self.weights]
+        for slow, state in zip(self.loops.slow_weights, states, strict=True):
+            own, names = state.get("weights", {}).get(other, {}), slow.parameters.names()
+            for parameter, value in slow.values(other).items() if slow in self._shown else ():
+                if names[parameter] in own:
+                    self._replaced.append((own, names[parameter], own[names[parameter]]))
+                    own[names[parameter]] = value.detach()
 
     def _end_showing(self) -> None:
         shown, self._shown = self._shown, []

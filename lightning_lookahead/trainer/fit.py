@@ -7,7 +7,7 @@ import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from lightning_lookahead._lightning import averages, real_optimizers, training_loss
+from lightning_lookahead._lightning import averages, log_now_and_then, real_optimizers, training_loss
 from lightning_lookahead.evaluation.isolation import isolated
 from lightning_lookahead.outer_loop.adaptive import AdaptiveAlpha, TrainingLoss
 from lightning_lookahead.outer_loop.batch_norm import check_statistics
@@ -15,9 +15,13 @@ from lightning_lookahead.outer_loop.batch_norm import check_statistics
 from .apart import Apart, trains_apart
 from .checkpoint_hooks import CheckpointHooks
 from .outer_loops import OuterLoops
+from .rank_check import RankCheck
+from .sync_log import figures
 from .validation_swap import ValidationSwap
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from lightning.pytorch import LightningModule, Trainer
 
     from lightning_lookahead.evaluation.monitor import InnerOuterMonitor
@@ -26,6 +30,7 @@ if TYPE_CHECKING:
     from lightning_lookahead.outer_loop.slow_weights import SlowWeights
 
 SyncOptimizers = Literal["independently", "together"]
+LogSyncs = bool | Literal["progress_bar"]
 
 
 @dataclass(eq=False)
@@ -41,6 +46,13 @@ class Fit:
         recalibrate: How many training batches BatchNorm's statistics are gathered from before a validation; ``True``:
             all; ``False``: none.
         monitor: Evaluates after inner steps and syncs of the first optimizer.
+        log_syncs: Whether loggers get the number of syncs, and alpha if it changes; ``"progress_bar"``: it, too.
+        log_distance: Whether loggers get the distance between theta and phi.
+        check_ranks: Whether ranks compare their weights after each sync.
+
+    Attributes:
+        ended: The slow weights of optimizers whose cycle has ended in this batch.
+        looks_always: Whether an option asks for something after each batch. If not, an ordinary step is over at once.
     """
 
     key: str
@@ -50,10 +62,16 @@ class Fit:
     sync_optimizers: SyncOptimizers
     recalibrate: bool | int
     monitor: InnerOuterMonitor | None
+    log_syncs: LogSyncs
+    log_distance: bool
+    check_ranks: bool
 
     def __post_init__(self) -> None:
+        self.ended: list[SlowWeights] = []
+        self.looks_always = False
+        self._after_batch: list[Callable[..., None]] = []
+        self._ranks = RankCheck()
         self._parts = False  # whether there are ranks that train apart
-        self._step_hooks: list[Any] = []  # on the optimizers, under manual optimization
         self._trainer: Trainer | None = None  # while training is under way
         self.apart: Apart | None = None
         self.loops = OuterLoops()
@@ -65,9 +83,7 @@ class Fit:
         self._parts = not share_gradients and trains_apart(trainer)
         self.checkpoints.await_checkpoint(trainer.strategy, pl_module, parts=self._parts)
 
-    def start(
-        self, trainer: Trainer, pl_module: LightningModule, exclude: list[str], *, log_distance: bool, check_ranks: bool
-    ) -> None:
+    def start(self, trainer: Trainer, pl_module: LightningModule, exclude: list[str]) -> None:
         """Make the slow weights; raise if an option does not work with these optimizers or this strategy."""
         optimizers = real_optimizers(trainer)
         if not optimizers:
@@ -76,7 +92,7 @@ class Fit:
         options: dict[str, Any] = {
             "module": trainer.strategy.model,
             "model_weights": self.weights,
-            "measure_distance": log_distance,
+            "measure_distance": self.log_distance,
         }
         if self._parts:
             together = self.sync_optimizers == "together"
@@ -84,33 +100,44 @@ class Fit:
             self.swap.apart = self.checkpoints.apart = self.apart
             options |= {"workers": self.apart.workers, "share_buffers": self.apart.buffers.share}
         self.loops.add(optimizers, self.settings, exclude, pl_module, **options)
-        alone = {"log_distance": log_distance, "check_ranks": check_ranks, "slow_device": self.settings.slow_device}
-        for name, value in alone.items():  # each needs all of the weights on this rank
+        alone = ("log_distance", self.log_distance), ("check_ranks", self.check_ranks)
+        for name, value in (*alone, ("slow_device", self.settings.slow_device)):  # needs all weights on this rank
             if value and any(slow.parameters.sharded for slow in self.loops.slow_weights):
                 message = f"{name}={value!r} does not work with a strategy that shards the weights: leave it out."
                 raise ValueError(message)
         if self.recalibrate:
             check_statistics(pl_module, "recalibrate_batch_norm")
-        if not pl_module.automatic_optimization:
-            self._sync_in_steps(trainer)
-        self.checkpoints.serve(trainer.strategy)
-
-    def _sync_in_steps(self, trainer: Trainer) -> None:
-        """Sync right after the step that ends a cycle: under manual optimization a batch may have several steps."""
-        if self._needs_loss:
+        by_hand = not pl_module.automatic_optimization
+        if by_hand and self._needs_loss:
             message = (
                 f"alpha={self.settings.alpha} needs the loss that training_step returns, and this module optimizes by"
                 " hand: take AdaptiveAlpha('fisher'), a number or a schedule."
             )
             raise ValueError(message)
-        self._step_hooks = [
-            slow.optimizer.register_step_post_hook(functools.partial(self._after_step, trainer, slow))
-            for slow in self.loops.slow_weights
-        ]
+        for slow in self.loops.slow_weights:
+            # By hand a batch may have several steps: a sync comes right after the one that ends the cycle.
+            slow.inner_loop.when_due = functools.partial(self.sync_due if by_hand else self._note_ended, slow)
+            slow.inner_loop.looks_in_closure = not by_hand
+        if by_hand and self.monitor is not None:
+            self.loops.slow_weights[0].inner_loop.after_each = self._observe
+        self._after_batch = self._wanted(by_hand=by_hand)
+        self.looks_always = self._after_batch not in ([], [self._sync_ended])
+        self.checkpoints.serve(trainer.strategy)
 
-    def _after_step(self, trainer: Trainer, slow: SlowWeights, *_: object) -> None:
-        if not slow.inner_loop.attempting:  # it has not ended then
-            self.sync_due(trainer, slow)
+    def _wanted(self, *, by_hand: bool) -> list[Callable[..., None]]:
+        """What to do after a batch, in this order: each takes the arguments of ``on_train_batch_end``."""
+        monitors = self.monitor is not None
+        every: dict[Callable[..., None], bool] = {
+            self._end_batch: self.apart is not None,
+            self._note_loss: self._needs_loss,
+            self._observe: monitors and not by_hand,
+            self._sync_ended: not by_hand,
+            self._compare_ranks: self.check_ranks,
+            self._log: bool(self.log_syncs) or self.log_distance,
+            self._note_modes: bool(self.recalibrate),
+            self._publish: monitors,
+        }
+        return [each for each, wanted in every.items() if wanted]
 
     def begin(self, trainer: Trainer) -> None:
         """Begin or resume training."""
@@ -121,13 +148,12 @@ class Fit:
         if self.apart is not None:
             self._part(self.apart)
             self.apart.compare_batches(trainer, self.loops)
-            by_hand = not trainer.lightning_module.automatic_optimization
-            after_step = functools.partial(self.sync_due, trainer) if by_hand else None
-            self.apart.watch(trainer.strategy, self.loops, after_step)
+            self.apart.watch(trainer.strategy, self.loops)
         if self.monitor is not None and self.loops.slow_weights:
             self.monitor.begin(trainer, self.loops.slow_weights[0])
         for slow in self.loops.slow_weights:  # a checkpoint may lie between the k-th step and its sync
-            self.sync_due(trainer, slow)
+            self.sync_due(slow)
+        self._ranks.begin(self.loops.slow_weights)
         self.checkpoints.keep_loaded()
 
     def _part(self, apart: Apart) -> None:
@@ -136,9 +162,22 @@ class Fit:
         apart.buffers.load(own)
         apart.part(self.loops)
 
-    def note_loss(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Give adaptive alphas the loss of this batch, if they need it."""
-        for slow in self.loops.slow_weights if self._needs_loss else ():
+    # -- after a batch
+
+    def end_batch(self, *arguments: Any) -> None:
+        """Do what is to do after a batch, with the arguments of ``on_train_batch_end``."""
+        for each in self._after_batch:
+            each(*arguments)
+
+    def _end_batch(self, trainer: Trainer, *_: object) -> None:
+        if self.apart is not None:
+            self.apart.end_batch(trainer, self.loops)
+
+    def _note_loss(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Give adaptive alphas the loss of this batch."""
+        for slow in self.loops.slow_weights:
             slow.alpha.loss = None
             if outputs and outputs.get("loss") is not None:  # training_step may have returned None
                 loss = functools.partial(training_loss, trainer, pl_module, batch, batch_idx)
@@ -148,14 +187,37 @@ class Fit:
     def _needs_loss(self) -> bool:
         return isinstance(self.settings.alpha, AdaptiveAlpha) and self.settings.alpha.needs_loss
 
-    def sync_due(self, trainer: Trainer, slow: SlowWeights) -> None:
+    def _observe(self, *_: object) -> None:
+        if self.monitor is not None and self._trainer is not None:
+            self.monitor.after_step(self._trainer, self.loops.slow_weights[0])
+
+    def _note_ended(self, slow: SlowWeights) -> None:
+        self.ended.append(slow)
+
+    def _sync_ended(self, *_: object) -> None:
+        while self.ended:
+            self.sync_due(self.ended.pop())
+
+    def _compare_ranks(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
+        self._ranks.look(trainer, pl_module, self.loops.slow_weights, "slow" if self.apart else "fast")
+
+    def _log(self, trainer: Trainer, *_: object) -> None:
+        values = functools.partial(figures, self.loops.slow_weights, syncs=bool(self.log_syncs))
+        log_now_and_then(trainer, values, progress_bar=self.log_syncs == "progress_bar")
+
+    def _note_modes(self, _: Trainer, pl_module: LightningModule, *__: object) -> None:
+        self.swap.recalibration.note_modes(pl_module)
+
+    def _publish(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
+        if self.monitor is not None:
+            self.monitor.publish(trainer, pl_module)
+
+    def sync_due(self, slow: SlowWeights) -> None:
         """After a step of the optimizer of ``slow``: sync what is due."""
-        if self.monitor is not None and slow is self.loops.slow_weights[0]:
-            self.monitor.after_step(trainer, slow)
         due = self.loops.due(slow, together=self.sync_optimizers == "together")
         for each in due:
             each.sync()
-        self._record(trainer, due)
+        self._record(due)
 
     def sync_now(self) -> None:
         """Do the outer step of every optimizer."""
@@ -173,15 +235,13 @@ class Fit:
                 raise RuntimeError(message) from error
         for slow in self.loops.counting:
             slow.sync()
-            self._record(self._trainer, [slow])
+            self._record([slow])
 
-    def _record(self, trainer: Trainer | None, synced: list[SlowWeights]) -> None:
-        if (
-            trainer is not None
-            and self.monitor is not None
-            and any(slow is self.loops.slow_weights[0] for slow in synced)
-        ):
-            self.monitor.after_sync(trainer, self.loops.slow_weights[0])
+    def _record(self, synced: list[SlowWeights]) -> None:
+        if self.monitor is None or self._trainer is None:
+            return
+        if any(slow is self.loops.slow_weights[0] for slow in synced):
+            self.monitor.after_sync(self._trainer, self.loops.slow_weights[0])
 
     def end(self, trainer: Trainer, *, sync_unfinished: bool) -> None:
         """End training: sync once more or not, and leave one set in the module, or another callback's average."""
@@ -189,7 +249,7 @@ class Fit:
         for slow in self.loops.counting if sync_unfinished else ():
             if slow.cycles.steps_since_sync:
                 slow.sync(unfinished=True)
-                self._record(trainer, [slow])
+                self._record([slow])
         if self.monitor is not None and self.loops.counting:
             self.monitor.end(trainer)
         averaged = averages(trainer)
@@ -224,9 +284,8 @@ class Fit:
         return {**self.__dict__, "_trainer": None}
 
     def _stop(self) -> None:
-        for hook in self._step_hooks:
-            hook.remove()
         if self.apart is not None and self._trainer is not None:
             self.apart.stop(self._trainer.strategy)
-        self._step_hooks, self._trainer = [], None
+        self._after_batch, self.looks_always, self._trainer = [], False, None
+        self.ended.clear()
         self.loops.close()

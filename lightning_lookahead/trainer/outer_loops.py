@@ -81,8 +81,11 @@ class OuterLoops:
 
     def due(self, slow: SlowWeights, *, together: bool) -> list[SlowWeights]:
         """The slow weights to sync after a step of the optimizer of ``slow``; ``together``: all, when all are due."""
-        which = self.slow_weights if together else [slow]
-        return which if slow.due and all(each.due for each in which) else []
+        if not slow.due:
+            return []
+        if not together:
+            return [slow]
+        return self.slow_weights if all(each.due for each in self.slow_weights) else []
 
     def are_of(self, optimizers: list[Any]) -> bool:
         """Whether the slow weights are those of these optimizers."""
@@ -100,12 +103,6 @@ class OuterLoops:
             for slow in self.slow_weights:
                 stack.enter_context(slow.use(weights, statistics=statistics))
             yield
-
-    def track_new(self, optimizer: Optimizer) -> None:
-        """Take in parameters of an optimizer that were added or unfrozen."""
-        for slow in self.counting:
-            if slow.optimizer is optimizer:
-                slow.inner_loop.track_new()
 
     def move_to_parameters(self) -> None:
         """Move the slow weights to the module's device: after a fit Lightning moves the module to the CPU."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from lightning_lookahead.evaluation.recalibration import Recalibration
 
 if TYPE_CHECKING:
-    from lightning.pytorch import LightningModule, Trainer
+    from lightning.pytorch import Trainer
 
     from lightning_lookahead.outer_loop.saved_format import Weights
 
@@ -32,11 +32,6 @@ class ValidationSwap:
         self._loops, self._weights, self._recalibrate = loops, weights, recalibrate
         self.recalibration = Recalibration()
         self.apart: Apart | None = None
-
-    def note_modes(self, pl_module: LightningModule) -> None:
-        """Remember which parts of a module train."""
-        if self._recalibrate:
-            self.recalibration.note_modes(pl_module)
 
     def start(self, trainer: Trainer) -> None:
         """Swap in, before every other callback's ``on_validation_start``."""

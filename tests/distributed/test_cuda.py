@@ -76,3 +76,28 @@ print("equal")
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.stdout == "equal\n", done.stderr
+
+
+@pytest.mark.parametrize(("nonfinite", "waits"), [("ignore", False), ("raise", True)])
+def test_a_sync_waits_for_the_device_only_to_see_whether_weights_are_finite(nonfinite, waits):
+    program = f"""
+import torch
+from lightning_lookahead import SlowWeights
+
+net = torch.nn.Linear(100, 100, device="cuda")
+optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+slow = SlowWeights(optimizer, k=2, nonfinite={nonfinite!r})
+for step in range(2):
+    optimizer.zero_grad()
+    net(torch.ones(8, 100, device="cuda")).sum().backward()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        optimizer.step()
+    except RuntimeError as error:
+        assert "synchronizing" in str(error), error
+        print("waits")
+    torch.cuda.set_sync_debug_mode("default")
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "waits\n" if waits else ""), done.stderr

@@ -11,7 +11,7 @@ import pytest
 from tests.helpers.places import EXAMPLES
 
 BENCHMARKS = EXAMPLES / "benchmarks"
-PROGRAMS = sorted(path.stem for path in BENCHMARKS.glob("*.py") if path.stem != "results")
+PROGRAMS = sorted(path.stem for path in BENCHMARKS.glob("*.py") if path.stem not in {"results", "on_cuda"})
 
 
 def start(name, *arguments, cwd):
@@ -57,5 +57,22 @@ def test_the_published_results_are_what_the_records_give(program):
     assert done.returncode == 0, done.stdout + done.stderr
     published = (BENCHMARKS / "RESULTS.md").read_text()
     assert sorted(re.findall(r"<!-- records: (\w+) -->", published)) == sorted(
-        path.stem for path in (BENCHMARKS / "records").glob("*.json")
+        ["cuda", *(path.stem for path in (BENCHMARKS / "records").glob("*.json"))]
     )
+
+
+@pytest.mark.slow
+@pytest.mark.benchmark
+def test_one_call_does_all_that_is_to_be_measured_on_a_gpu(tmp_path):
+    done = start("on_cuda", "--smoke", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout
+    rest = set(PROGRAMS) - {"convergence", "scale"}  # which ask nothing of a device
+    assert {name for name in PROGRAMS if f"\n{name}: done" in done.stdout} == rest
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.benchmark
+def test_without_a_gpu_that_call_says_so_in_one_line(program):
+    done = program(BENCHMARKS / "on_cuda.py")
+    assert done.returncode == 1
+    assert done.stderr == "on_cuda.py: there is no CUDA device here.\n"

@@ -115,6 +115,23 @@ def test_a_parameter_put_in_anothers_place_joins_at_the_next_sync():
     assert b not in slow.values("slow")
 
 
+def test_a_parameter_put_into_the_list_of_a_group_joins_at_the_next_sync():
+    a, b, optimizer = two_weights()
+    slow = SlowWeights(optimizer, k=2, alpha=0.5)
+    new = nn.Parameter(torch.tensor([7.0]))
+    push(optimizer, a=(a, -1.0), b=(b, -1.0))
+    optimizer.param_groups[0]["params"].append(new)
+    push(optimizer, a=(a, -1.0), b=(b, -1.0), new=(new, -1.0))
+    assert (a.item(), new.item()) == (2.0, 8.0)
+    for _ in range(2):
+        push(optimizer, a=(a, -1.0), b=(b, -1.0), new=(new, -1.0))
+    assert new.item() == 9.0
+    del optimizer.param_groups[0]["params"][1]
+    push(optimizer, a=(a, -1.0), new=(new, -1.0))
+    slow.sync()
+    assert set(slow.values("slow")) == {a, new}
+
+
 def test_buffers_are_left_alone():
     net = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)

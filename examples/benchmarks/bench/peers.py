@@ -17,15 +17,18 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-OURS = "ours"
+OURS = "ours, nonfinite='ignore'"
+CHECKED = "ours, nonfinite='raise'"
+MOMENTUM = "ours, nonfinite='raise', with outer momentum"
 K, ALPHA = 5, 0.5
 
 
 def syncs(parameters: list[nn.Parameter]) -> dict[str, Callable[[], object]]:
     """Name -> a sync of these parameters, each with slow weights of its own; ours first."""
     makers = {
-        OURS: _ours,
-        "ours, with outer momentum": functools.partial(_ours, outer_momentum=0.9),
+        OURS: functools.partial(_ours, nonfinite="ignore"),
+        CHECKED: _ours,
+        MOMENTUM: functools.partial(_ours, outer_momentum=0.9),
         "two foreach calls": _foreach,
         "official loop": _official,
         "timm": _timm,
