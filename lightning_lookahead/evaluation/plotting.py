@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from .records import segments, windows
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
@@ -39,14 +41,14 @@ def plot_inner_outer(history: Iterable[Record], *, name: str = "accuracy") -> Fi
     from matplotlib import rc_context  # noqa: PLC0415 (optional)
     from matplotlib.figure import Figure  # noqa: PLC0415
 
-    windows = _windows(history)
-    if not windows:
+    seen = windows(history)
+    if not seen:
         message = "history is empty: there is nothing to draw. Has the monitor's window been reached?"
         raise ValueError(message)
     with rc_context({"axes.spines.top": False, "axes.spines.right": False, "font.size": 9}):
-        figure = Figure(figsize=(6.4 if len(windows) == 1 else 3.6 * len(windows), 3.4), layout="constrained")
-        panels = figure.subplots(1, len(windows), squeeze=False)[0]
-        for panel, window in zip(panels, windows, strict=True):
+        figure = Figure(figsize=(6.4 if len(seen) == 1 else 3.6 * len(seen), 3.4), layout="constrained")
+        panels = figure.subplots(1, len(seen), squeeze=False)[0]
+        for panel, window in zip(panels, seen, strict=True):
             _draw(panel, window)
             panel.set_xlabel("inner steps")
             panel.xaxis.get_major_locator().set_params(integer=True)
@@ -56,29 +58,12 @@ def plot_inner_outer(history: Iterable[Record], *, name: str = "accuracy") -> Fi
 
 
 def _draw(axes: Axes, window: Sequence[Record]) -> None:
-    segment: list[Record] = []
-    label: str | None = "inner loop (fast weights)"
-    for record in [*window, None]:
-        if record is None or record.weights == "outer":
-            if any(part.weights == "inner" for part in segment):
-                axes.plot(*_points(segment), "-", color="tab:blue", linewidth=1.2, label=label)
-                label = None
-            segment = []
-        if record is not None:
-            segment.append(record)
+    for number, segment in enumerate(segments(window)):
+        label = None if number else "inner loop (fast weights)"
+        axes.plot(*_points(segment), "-", color="tab:blue", linewidth=1.2, label=label)
     outer = [record for record in window if record.weights == "outer"]
     axes.plot(*_points(outer), "o", color="tab:red", markersize=4.5, label="slow weights, after each sync")
 
 
 def _points(records: Sequence[Record]) -> tuple[list[int], list[float]]:
     return [record.step for record in records], [record.value for record in records]
-
-
-def _windows(history: Iterable[Record]) -> list[list[Record]]:
-    """The windows in a history: between two of them steps are missing."""
-    windows: list[list[Record]] = []
-    for record in history:
-        if not windows or record.step - windows[-1][-1].step > 1:
-            windows.append([])
-        windows[-1].append(record)
-    return windows

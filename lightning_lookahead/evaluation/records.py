@@ -48,6 +48,26 @@ class InnerLoop(NamedTuple):
         return self.raised and self.after >= self.before
 
 
+def windows(history: Iterable[Record]) -> list[list[Record]]:
+    """The windows in a history: between two of them steps are missing."""
+    found: list[list[Record]] = []
+    for record in history:
+        if not found or record.step - found[-1][-1].step > 1:
+            found.append([])
+        found[-1].append(record)
+    return found
+
+
+def segments(window: Iterable[Record]) -> list[list[Record]]:
+    """The inner loops of a window as lines: from the sync before a loop, if the window has it, to the loop's end."""
+    found: list[list[Record]] = [[]]
+    for record in window:
+        if record.weights == "outer":
+            found.append([])
+        found[-1].append(record)
+    return [segment for segment in found if segment and segment[-1].weights == "inner"]
+
+
 def inner_loops(history: Iterable[Record]) -> list[InnerLoop]:
     """What each whole inner loop did to the metric, and what the sync after it did.
 
