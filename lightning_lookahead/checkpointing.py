@@ -156,9 +156,11 @@ def _check_values(
     raise ValueError(message)
 
 
-def _read_shards(path: Path, *, weights_only: bool) -> dict[str, Any]:
+def _read_shards(path: Path, *, weights_only: bool, values: bool) -> dict[str, Any]:
     """Put a folder of shards together as one file, of the optimizers only the outer loops' tensors."""
     checkpoint: dict[str, Any] = torch.load(path / "meta.pt", map_location="cpu", weights_only=weights_only)
+    if not values:
+        return {**checkpoint, "state_dict": {}}
     reader = FileSystemReader(path)
     entries = {
         name: entry
@@ -190,17 +192,25 @@ def _check_there(path: str | os.PathLike[str], name: str, what: str) -> None:
         raise FileNotFoundError(message)
 
 
-def read_checkpoint(path: str | os.PathLike[str], *, weights_only: bool) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU: a file, or a folder of shards without the optimizers' own state."""
+def read_checkpoint(path: str | os.PathLike[str], *, weights_only: bool, values: bool = True) -> dict[str, Any]:
+    """Read a checkpoint onto the CPU: a file, or a folder of shards without the optimizers' own state.
+
+    Args:
+        path: The file or the folder.
+        weights_only: As in `torch.load`.
+        values: Whether to read the values of tensors. ``False``: a file is mapped, a folder's ``state_dict`` empty.
+    """
     _check_there(path, "path", "a checkpoint")
     try:
         if Path(path).is_dir():
-            checkpoint = _read_shards(Path(path), weights_only=weights_only)
+            checkpoint = _read_shards(Path(path), weights_only=weights_only, values=values)
         else:
             # Of the parts only the names are checked here: the tensors have checksums of ours.
             if is_archive(path) and damaged_part(path, "/data.pkl"):
                 raise zipfile.BadZipFile  # noqa: TRY301 (reported below like other damage)
-            checkpoint = _as_a_trainer_writes(torch.load(path, map_location="cpu", weights_only=weights_only))
+            mapped = (not values and is_archive(path)) or None  # None: as torch is set
+            loaded = torch.load(path, map_location="cpu", weights_only=weights_only, mmap=mapped)
+            checkpoint = _as_a_trainer_writes(loaded)
     except Exception as error:
         forbidden = forbidden_class(error) if weights_only else None
         file = Path(path) / "meta.pt" if Path(path).is_dir() else Path(path)
@@ -232,14 +242,25 @@ def _as_a_trainer_writes(checkpoint: Any) -> Any:
     return checkpoint
 
 
-def _callback_state(checkpoint: dict[str, Any], path: str | os.PathLike[str]) -> dict[str, Any]:
+def callback_state(checkpoint: dict[str, Any], path: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """The state of `LookaheadCallback` in a checkpoint that was read from ``path``; ``None`` if there is none.
+
+    Raises:
+        ValueError: If it is damaged, or in a newer format.
+    """
     callbacks = checkpoint.get("callbacks", {})
     for state in callbacks.values() if isinstance(callbacks, dict) else ():
         if isinstance(state, dict) and "lookahead_version" in state:
             upgrade(checkpoint, state)
             check_saved(state, path)
-            if state["optimizers"] and all("saved_with" in own for own in state["optimizers"]):
-                return state
+            return state
+    return None
+
+
+def _callback_state(checkpoint: dict[str, Any], path: str | os.PathLike[str]) -> dict[str, Any]:
+    state = callback_state(checkpoint, path)
+    if state is not None and state["optimizers"] and all("saved_with" in own for own in state["optimizers"]):
+        return state
     message = (
         f"{path} holds one set of weights and does not say which: it was saved without LookaheadCallback, before"
         " training began, or with save_weights_only=True. Use torch.load(path)['state_dict'] for the weights that it"
