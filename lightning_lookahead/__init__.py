@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .evaluation.monitor import InnerOuterMonitor as InnerOuterMonitor
     from .evaluation.plotting import plot_inner_outer as plot_inner_outer
     from .evaluation.records import InnerLoop as InnerLoop, Record as Record, inner_loops as inner_loops
+    from .evaluation.report.command import write_report as write_report
     from .outer_loop.adaptive import AdaptiveAlpha as AdaptiveAlpha
     from .outer_loop.schedules import Cosine as Cosine, Linear as Linear
     from .outer_loop.slow_weights import SlowWeights as SlowWeights
@@ -26,6 +27,7 @@ _NAMES = {
     "evaluation.monitor": "InnerOuterMonitor",
     "evaluation.plotting": "plot_inner_outer",
     "evaluation.records": "InnerLoop Record inner_loops",
+    "evaluation.report.command": "write_report",
     "outer_loop.adaptive": "AdaptiveAlpha",
     "outer_loop.schedules": "Cosine Linear",
     "outer_loop.slow_weights": "SlowWeights",

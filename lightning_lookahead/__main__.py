@@ -5,6 +5,11 @@ import sys
 
 def main() -> None:
     """Run the command line, or say in one line what it needs."""
+    if sys.argv[1:2] == ["report"]:
+        from lightning_lookahead.evaluation.report.command import main as report  # noqa: PLC0415 (needs no Lightning)
+
+        report(sys.argv[2:])
+        return
     try:
         from lightning_lookahead.trainer.cli import main as run  # noqa: PLC0415 (jsonargparse is optional)
 

@@ -175,4 +175,5 @@ def main() -> None:
     """Run the command line; it can name modules in the current directory."""
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
-    LookaheadCLI()
+    epilog = "A page about a run that has trained: python -m lightning_lookahead report RUN"
+    LookaheadCLI(parser_kwargs={"epilog": epilog})
