@@ -13,20 +13,9 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from lightning_lookahead import load_weights
+from lightning_lookahead import newest_checkpoint
 from tests.helpers.runs import leave
 from tests.helpers.sharded import fit
-
-
-def newest_whole(folder):
-    """The newest checkpoint that can be read to its end, if there is one."""
-    for path in sorted(Path(folder).glob("step=*.ckpt"), key=os.path.getmtime, reverse=True):
-        try:
-            load_weights(path)
-        except ValueError:
-            continue
-        return path
-    return None
 
 
 class KillOnce(Callback):
@@ -56,7 +45,7 @@ class KillOnce(Callback):
 def main():
     kind, folder, when = sys.argv[1:4]
     every = ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=-1, save_on_train_epoch_end=False)
-    path = newest_whole(folder)
+    path = newest_checkpoint(folder, "step=*.ckpt")
     trainer, _, _ = fit(kind, "SGD", KillOnce(kind, folder, when), every, ckpt_path=path)
     trainer.save_checkpoint(Path(folder, "end.ckpt"))
     if trainer.is_global_zero:
