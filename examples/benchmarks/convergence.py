@@ -1,7 +1,7 @@
 """How many inner steps, and seconds, does it take to a loss, with Lookahead and without?
 
     python examples/benchmarks/convergence.py                  # scikit-learn's digits: minutes on a CPU
-    python examples/benchmarks/convergence.py --data FOLDER    # what lab.images.load takes
+    python examples/benchmarks/convergence.py --data FOLDER    # what examples.lab.images.load takes
 
 A narrow ResNet-18 is trained by SGD with momentum and by Adam, at a constant learning rate, alone and with Lookahead
 around it. Each of the four has its own learning rate, the one of the same grid that needs the fewest steps to the
@@ -22,19 +22,21 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from torch import nn
 
-from bench.fits import trainer
-from bench.program import arguments, run
-from lab.images import ImageData, Images, load
-from lab.report import Table, spread
-from lab.study import at_least_one, console, stop
-from lab.training import Classifier, DivergedError, Settings, around, quietly
+from examples.command_line import at_least_one, stop
+from examples.lab.bench.fits import trainer
+from examples.lab.bench.program import arguments, run
+from examples.lab.images import ImageData, Images, load
+from examples.lab.progress import track
+from examples.lab.report import Table, spread
+from examples.lab.study import console
+from examples.lab.training import Classifier, DivergedError, Settings, around, quietly
 
 if TYPE_CHECKING:
     import argparse
 
     from torch.optim import Optimizer
 
-    from bench.program import Report
+    from examples.lab.bench.program import Report
     from lightning_lookahead import LookaheadCallback
 
 GRIDS = {"sgd": (0.001, 0.003, 0.01, 0.03, 0.1), "adam": (0.0003, 0.001, 0.003, 0.01, 0.03)}
@@ -144,7 +146,7 @@ def tune(base: Budget, images: Images, args: argparse.Namespace) -> list[dict[st
         grid = grid[1:3]
     # A test loss that any is below: the run ends with the training loss.
     runs = [replace(base, lr=lr, seed=TUNING_SEED, test=float("inf")) for lr in grid]
-    return [{"lr": one.lr, **train(one, images, args.device)} for one in runs]
+    return [{"lr": one.lr, **train(one, images, args.device)} for one in track(runs, "learning rates")]
 
 
 def fewest(tuned: list[dict[str, Any]]) -> float:
@@ -178,13 +180,14 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
         common = replace(common, width=8, steps=30, every=5, train=2.3, test=2.3)
     bases = [replace(common, optimizer=optimizer, k=k) for optimizer in GRIDS for k in (0, 5)]
     rows = []
-    for base in bases:
+    for base in track(bases, "optimizers to tune"):
         tuned = tune(base, images, args)
         best = replace(base, lr=fewest(tuned))
         rows.append({"settings": asdict(best), "tuned": tuned, "runs": []})
         console.print(f"{_name(rows[-1])}: learning rate {best.lr}")
-    for seed in range(args.rounds):  # seed by seed: what slows the machine down for a while slows all down
-        for row in rows:
+    # Seed by seed: what slows the machine down for a while slows all down.
+    for seed in track(range(args.rounds), "seeds"):
+        for row in track(rows, "optimizers"):
             row["runs"].append(train(Budget(**{**row["settings"], "seed": seed}), images, args.device))
     return rows
 

@@ -23,10 +23,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from bench.allocated import held
-from bench.parameters import MODELS, SMOKE, parameters
-from bench.program import arguments, run
-from lab.report import Table
+from examples.lab.bench.allocated import held
+from examples.lab.bench.parameters import MODELS, SMOKE, parameters
+from examples.lab.bench.program import arguments, run
+from examples.lab.progress import track
+from examples.lab.report import Table
 from lightning_lookahead import SlowWeights
 
 if TYPE_CHECKING:
@@ -35,8 +36,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-    from bench.parameters import Shape
-    from bench.program import Report
+    from examples.lab.bench.parameters import Shape
+    from examples.lab.bench.program import Report
 
 K = 5
 CHOSEN = ("ResNet-18", "one tensor of 40M", "1,000 vectors of 100")
@@ -80,7 +81,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     """A row for each model: the most that each of several rounds found."""
     models = SMOKE if args.smoke else {name: MODELS[name] for name in CHOSEN}
     rows = []
-    for model, shapes in models.items():
+    for model, shapes in track(models.items(), "models"):
         for half_frozen in (False, True) if model in HALF_FROZEN else (False,):
             found = [_one(shapes, args.device, half_frozen=half_frozen) for _ in range(args.rounds)]
             name = f"{model}, half of its tensors frozen" if half_frozen else model

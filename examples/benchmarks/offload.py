@@ -18,16 +18,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import nn
 
-from bench.program import arguments, run
-from bench.timing import ratios, summary, take_turns, text
-from lab.report import Table
+from examples.lab.bench.program import arguments, run
+from examples.lab.bench.timing import ratios, summary, take_turns, text
+from examples.lab.report import Table
 from lightning_lookahead import SlowWeights
 
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Callable
 
-    from bench.program import Report
+    from examples.lab.bench.program import Report
 
 K = 5
 CYCLES = 5

@@ -9,7 +9,6 @@ ended and the next one begins. A record is in `examples/benchmarks/records/cuda/
 
 from __future__ import annotations
 
-import argparse
 import os
 import subprocess
 import sys
@@ -17,6 +16,8 @@ import time
 from pathlib import Path
 
 import torch
+
+from examples.command_line import parser_of, stoppable
 
 HERE = Path(__file__).parent
 TESTS = "tests/distributed/test_cuda.py"
@@ -46,8 +47,9 @@ def command(name: str, *, smoke: bool) -> list[str]:
     ]
 
 
+@stoppable()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--smoke", action="store_true", help="seconds, on any device, without tests and records")
     smoke = parser.parse_args().smoke
     if not smoke and not torch.cuda.is_available():

@@ -23,19 +23,20 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from bench.fits import trainer
-from bench.parameters import parameters
-from bench.program import arguments, run
-from bench.timing import summary, take_turns, text
-from lab.report import Table
-from lab.training import quietly
+from examples.lab.bench.fits import trainer
+from examples.lab.bench.parameters import parameters
+from examples.lab.bench.program import arguments, run
+from examples.lab.bench.timing import summary, take_turns, text
+from examples.lab.progress import track
+from examples.lab.report import Table
+from examples.lab.training import quietly
 from lightning_lookahead import LookaheadCallback, SlowWeights
 
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Callable
 
-    from bench.program import Report
+    from examples.lab.bench.program import Report
 
 TENSORS = (1, 1000)
 SHAPE = (10,)
@@ -156,7 +157,7 @@ def fits(args: argparse.Namespace) -> dict[int, dict[str, list[float]]]:
     for count, kind in kinds:
         step_time(count, kind, args)  # does not count
     found: dict[int, dict[str, list[float]]] = {count: {WITH: [], EMPTY: [], WITHOUT: []} for count in TENSORS}
-    for turn in range(args.rounds):
+    for turn in track(range(args.rounds), "rounds of fits"):
         first = turn % len(kinds)
         for count, kind in kinds[first:] + kinds[:first]:
             found[count][kind].append(step_time(count, kind, args))

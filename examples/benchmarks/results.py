@@ -14,8 +14,8 @@ import json
 from importlib import import_module
 from pathlib import Path
 
-from bench.program import origin
-from lab.published import arguments, publish
+from examples.lab.bench.program import origin
+from examples.lab.published import arguments, publish
 
 HERE = Path(__file__).parent
 

@@ -21,12 +21,13 @@ from lightning.pytorch import Callback, LightningModule
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from bench.allocated import held
-from bench.fits import trainer
-from bench.program import arguments, run
-from bench.timing import ratios, seconds, summary, text
-from lab.report import Table
-from lab.training import quietly
+from examples.lab.bench.allocated import held
+from examples.lab.bench.fits import trainer
+from examples.lab.bench.program import arguments, run
+from examples.lab.bench.timing import ratios, seconds, summary, text
+from examples.lab.progress import track
+from examples.lab.report import Table
+from examples.lab.training import quietly
 from lightning_lookahead import LookaheadCallback
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 
     from lightning.pytorch import Trainer
 
-    from bench.program import Report
+    from examples.lab.bench.program import Report
 
 SIZES, SMOKE_SIZES = (10_000_000, 300_000_000), (1000,)
 TENSORS = 50
@@ -102,7 +103,7 @@ def one(count: int, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     paths = {kind: folder / f"{at}.ckpt" for at, kind in enumerate(modules)}
     times: dict[str, dict[str, list[float]]] = {name: {kind: [] for kind in modules} for name in WHAT}
     row: dict[str, Any] = {"parameters": count, "gigabytes": {}, "copies": {}}
-    for turn in range(-1, args.rounds):  # the first one does not count
+    for turn in track(range(-1, args.rounds), "rounds"):  # the first one does not count
         for kind in list(modules)[:: 1 if turn % 2 else -1]:
             clock = Clock(paths[kind])
             done = fit(kind, modules[kind], clock, args.device, resumes=False)
@@ -127,7 +128,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     """A row for each number of parameters."""
     quietly()
     with tempfile.TemporaryDirectory() as folder:
-        return [one(count, args, Path(folder)) for count in (SMOKE_SIZES if args.smoke else SIZES)]
+        return [one(count, args, Path(folder)) for count in track(SMOKE_SIZES if args.smoke else SIZES, "sizes")]
 
 
 def tables(report: Report) -> list[Table]:

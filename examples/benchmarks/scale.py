@@ -21,18 +21,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from bench.parameters import parameters
-from bench.program import arguments, run
-from bench.timing import summary, take_turns, text
-from lab.report import Table
-from lab.study import at_least_one
+from examples.command_line import at_least_one
+from examples.lab.bench.parameters import parameters
+from examples.lab.bench.program import arguments, run
+from examples.lab.bench.timing import summary, take_turns, text
+from examples.lab.progress import track
+from examples.lab.report import Table
 from lightning_lookahead import SlowWeights
 
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Sequence
 
-    from bench.program import Report
+    from examples.lab.bench.program import Report
 
 K = 5
 BYTES = {"sync": 16, "swap": 24}
@@ -70,7 +71,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     rows = []
     for axis, values, counts in ((BY_PARAMETERS, LARGE, COUNTS), (BY_TENSORS, SMALL, MANY)):
         size = values // 100 if args.smoke else values
-        for count in counts[:SMOKE] if args.smoke else counts:
+        for count in track(counts[:SMOKE] if args.smoke else counts, axis):
             total = count * size
             if total > args.largest or 4 * total * SETS > free(args.device):
                 continue

@@ -19,16 +19,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from bench.parameters import MODELS, SMOKE, parameters
-from bench.peers import CHECKED, MOMENTUM, OURS, syncs
-from bench.program import arguments, run
-from bench.timing import ratios, summary, take_turns, text
-from lab.report import Table
+from examples.lab.bench.parameters import MODELS, SMOKE, parameters
+from examples.lab.bench.peers import CHECKED, MOMENTUM, OURS, syncs
+from examples.lab.bench.program import arguments, run
+from examples.lab.bench.timing import ratios, summary, take_turns, text
+from examples.lab.progress import track
+from examples.lab.report import Table
 
 if TYPE_CHECKING:
     import argparse
 
-    from bench.program import Report
+    from examples.lab.bench.program import Report
 
 BYTES = 16
 """Per parameter in float32: two numbers read and two written."""
@@ -44,7 +45,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     """A row for each number of threads and each model: what memory can do, and the time of each sync."""
     most = torch.get_num_threads()
     rows = []
-    for threads in sorted({1, most}) if args.device == "cpu" else [most]:
+    for threads in track(sorted({1, most}) if args.device == "cpu" else [most], "numbers of threads"):
         torch.set_num_threads(threads)
         rows += [{"threads": threads, **row} for row in _measure(args)]
     return rows
@@ -52,7 +53,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def _measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     rows = []
-    for model, shapes in (SMOKE if args.smoke else MODELS).items():
+    for model, shapes in track((SMOKE if args.smoke else MODELS).items(), "models"):
         trained = parameters(shapes, args.device)
         count = sum(parameter.numel() for parameter in trained)
         source, target = torch.randn(2, count, device=args.device)

@@ -23,20 +23,21 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
-from bench.fits import trainer
-from bench.program import arguments, run
-from bench.timing import ratios, seconds, summary, text
-from lab.images import load
-from lab.models import resnet18
-from lab.report import Table
-from lab.training import quietly
+from examples.lab.bench.fits import trainer
+from examples.lab.bench.program import arguments, run
+from examples.lab.bench.timing import ratios, seconds, summary, text
+from examples.lab.images import load
+from examples.lab.models import resnet18
+from examples.lab.progress import track
+from examples.lab.report import Table
+from examples.lab.training import quietly
 from lightning_lookahead import LookaheadCallback
 
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Callable
 
-    from bench.program import Report
+    from examples.lab.bench.program import Report
 
 K = 5
 MOST = 1.02
@@ -171,7 +172,7 @@ def _measure(task: Task, args: argparse.Namespace) -> list[dict[str, Any]]:
         fit(task, kind, args.device)  # does not count
     times: dict[str, list[float]] = {kind: [] for kind in KINDS}
     kinds = list(KINDS)
-    for turn in range(args.rounds):
+    for turn in track(range(args.rounds), "rounds of fits"):
         first = turn % len(kinds)
         for kind in kinds[first:] + kinds[:first]:
             times[kind].append(fit(task, kind, args.device))

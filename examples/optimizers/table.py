@@ -7,16 +7,16 @@ takes minutes.
 from __future__ import annotations
 
 import os
-import sys
 import textwrap
 from importlib.metadata import packages_distributions, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what is published is of runs on the CPU
-sys.path.insert(0, str(Path(__file__).parents[2]))  # the runs are those of the tests
 
-from tests.helpers import optimizer_zoo as zoo
+from examples.command_line import stoppable
+from examples.lab.progress import track
+from tests.helpers import optimizer_zoo as zoo  # the runs are those of the tests
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -41,12 +41,12 @@ The first number is of plain loops, the second of Trainers.
 
 def table() -> str:
     """Run everything that has not been run in this process; the text of OPTIMIZERS.md."""
-    found = {package: list(_outcomes(package)) for package in zoo.PACKAGES}
+    found = {package: list(_outcomes(package)) for package in track(zoo.PACKAGES, "packages")}
     return "\n".join([HEADER, *_summary(found), "", *_others(found), "", *_resuming(found), ""])
 
 
 def _outcomes(package: str) -> Iterator[tuple[str, Any, Any]]:
-    for name, cls in sorted(zoo.optimizers_of(package).items()):
+    for name, cls in track(sorted(zoo.optimizers_of(package).items()), package):
         yield name, zoo.in_a_loop(cls), zoo.in_a_trainer(cls)
 
 
@@ -92,6 +92,7 @@ def _resuming(found: dict[str, Any]) -> Iterator[str]:
             yield textwrap.fill(f"**{_title(package)}**: {', '.join(names)}", 118, break_on_hyphens=False)
 
 
+@stoppable()
 def main() -> None:
     path = Path(__file__).with_name("OPTIMIZERS.md")
     path.write_text(table())

@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lab.report import Table, cell, figure, groups, style, values
-from lab.study import show
-from lab.sweep import sweep, title
-from lab.training import Settings, train
+from examples.command_line import stoppable
+from examples.lab.report import Table, cell, figure, groups, style, values
+from examples.lab.study import GOES_ON, show
+from examples.lab.sweep import sweep, title
+from examples.lab.training import Settings, train
 from lightning_lookahead import AdaptiveAlpha, LookaheadCallback
 
 if TYPE_CHECKING:
@@ -28,9 +29,9 @@ if TYPE_CHECKING:
 
     from matplotlib.figure import Figure
 
-    from lab.images import Images
-    from lab.study import Record
-    from lab.sweep import Sweep
+    from examples.lab.images import Images
+    from examples.lab.study import Record
+    from examples.lab.sweep import Sweep
 
 
 INNER = {"sgd": "SGD", "adamw": "AdamW"}
@@ -146,6 +147,7 @@ def draw(records: list[Record]) -> Figure:
     return result
 
 
+@stoppable(GOES_ON)
 def main() -> None:
     runs = sweep(__doc__, "adaptive_alpha", small={"epochs": 2}, full={})
     records = run(runs)

@@ -13,18 +13,19 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from lab.report import COLOURS, Table, cell, groups, learning_curves
-from lab.study import show
-from lab.sweep import best, sweep, title
+from examples.command_line import stoppable
+from examples.lab.report import COLOURS, Table, cell, groups, learning_curves
+from examples.lab.study import GOES_ON, show
+from examples.lab.sweep import best, sweep, title
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from matplotlib.figure import Figure
 
-    from lab.study import Record
-    from lab.sweep import Sweep
-    from lab.training import Settings
+    from examples.lab.study import Record
+    from examples.lab.sweep import Sweep
+    from examples.lab.training import Settings
 
 TUNING_SEED = 100
 SGD = {"lr": (0.03, 0.05, 0.1, 0.2), "weight_decay": (3e-4, 1e-3, 3e-3)}
@@ -121,6 +122,7 @@ def draw(records: list[Record]) -> Figure:
     return learning_curves(final(records), COLOURS)
 
 
+@stoppable(GOES_ON)
 def main() -> None:
     runs = sweep(__doc__, "cifar", small={"epochs": 5, "held_out": 10_000}, full={"held_out": 5000})
     records = run(runs)

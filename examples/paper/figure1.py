@@ -16,16 +16,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
-from rich.progress import track
 from torch import Tensor, nn
 from torch.nn.utils import vector_to_parameters
 from torch.optim.swa_utils import update_bn
 
-from lab.images import ImageData, Images, augment
-from lab.report import Table, cell, figure, style
-from lab.study import show
-from lab.sweep import sweep, title
-from lab.training import Classifier, Settings, around, quietly, resumable, trainer
+from examples.command_line import stoppable
+from examples.lab.images import ImageData, Images, augment
+from examples.lab.progress import track
+from examples.lab.report import Table, cell, figure, style
+from examples.lab.study import GOES_ON, show
+from examples.lab.sweep import sweep, title
+from examples.lab.training import Classifier, Settings, around, quietly, resumable, trainer
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -33,8 +34,8 @@ if TYPE_CHECKING:
 
     from matplotlib.figure import Figure
 
-    from lab.study import Record
-    from lab.sweep import Sweep
+    from examples.lab.study import Record
+    from examples.lab.sweep import Sweep
 
 POINTS = ("first", "middle", "last", "slow")
 MARGIN = 0.35
@@ -128,7 +129,7 @@ def plane(settings: Plane, images: Images, folder: Path) -> Record:
     x, y = (grid([at[name][axis] for name in POINTS], settings.points) for axis in (0, 1))
     accuracies = [
         [round(accuracy(model, found["first"] + a * basis[0] + b * basis[1], statistics, test), 6) for a in x]
-        for b in track(y, "plane", transient=True)
+        for b in track(y, "rows of the plane")
     ]
     values = {name: accuracy(model, weights, statistics, test) for name, weights in found.items()}
     return {**values, "at": at, "x": x, "y": y, "accuracies": accuracies}
@@ -178,6 +179,7 @@ def draw(records: list[Record]) -> Figure:
     return result
 
 
+@stoppable(GOES_ON)
 def main() -> None:
     runs = sweep(__doc__, "figure1", small={"epochs": 4}, full={"width": 16})
     records = run(runs)

@@ -12,10 +12,11 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
-from lab.report import Table, style
-from lab.study import show
-from lab.sweep import sweep, title
-from lab.training import MILESTONES, Settings, train
+from examples.command_line import stoppable
+from examples.lab.report import Table, style
+from examples.lab.study import GOES_ON, show
+from examples.lab.sweep import sweep, title
+from examples.lab.training import MILESTONES, Settings, train
 from lightning_lookahead import InnerOuterMonitor, LookaheadCallback, Record, inner_loops, plot_inner_outer
 
 if TYPE_CHECKING:
@@ -23,9 +24,9 @@ if TYPE_CHECKING:
 
     from matplotlib.figure import Figure
 
-    from lab import study
-    from lab.images import Images
-    from lab.sweep import Sweep
+    from examples.lab import study
+    from examples.lab.images import Images
+    from examples.lab.sweep import Sweep
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,7 @@ def draw(records: list[study.Record]) -> Figure:
     return figure
 
 
+@stoppable(GOES_ON)
 def main() -> None:
     runs = sweep(__doc__, "figure10", small={"epochs": 5}, full={})
     records = run(runs)

@@ -22,18 +22,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
-from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import fully_shard
 from torchmetrics.classification import MulticlassAccuracy
 
-from lab import training
-from lab.image_folder import ImageFolders, UnreadableError, check, load, make_images, vision
-from lab.report import COLOURS, Table, bands, cell, figure, groups, style
-from lab.study import Study, at_least_one, describe, leads, parser, show, stop
-from lab.training import DivergedError, quietly
+from examples.command_line import at_least_one, leads, stop, stoppable
+from examples.lab import training
+from examples.lab.image_folder import ImageFolders, UnreadableError, check, load, make_images, vision
+from examples.lab.report import COLOURS, Table, bands, cell, figure, groups, style
+from examples.lab.study import GOES_ON, Study, describe, parser, show
+from examples.lab.training import DivergedError, FitBar, quietly
 from lightning_lookahead import LookaheadCallback, newest_checkpoint
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from torchvision.datasets import ImageFolder
 
-    from lab.study import Record
+    from examples.lab.study import Record
 
 DECAY = {60: (30, 48, 58), 90: (30, 60, 80)}
 """Epochs -> those after which the learning rate falls to a tenth; other numbers of epochs in the proportions of 60."""
@@ -217,7 +218,7 @@ def train(settings: Settings, images: tuple[ImageFolder, ImageFolder], args: Nam
     try:
         fit = Trainer(
             max_epochs=settings.epochs,
-            callbacks=[*outer, curves, saving, same, RichProgressBar(leave=False)],
+            callbacks=[*outer, curves, saving, same, FitBar()],
             accelerator=args.accelerator,
             strategy=strategy(settings),
             devices=args.devices,
@@ -225,6 +226,7 @@ def train(settings: Settings, images: tuple[ImageFolder, ImageFolder], args: Nam
             precision=settings.precision,
             benchmark=True,
             logger=False,
+            enable_progress_bar=False,
             enable_model_summary=False,
             num_sanity_val_steps=0,
             use_distributed_sampler=False,
@@ -345,6 +347,7 @@ def arguments() -> Namespace:
     return result.parse_args()
 
 
+@stoppable(GOES_ON)
 def main() -> None:
     args = arguments()
     study = Study("imagenet", args.out, ["torchvision"])

@@ -19,17 +19,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lab.report import Table, band, cell, figure, groups, style
-from lab.study import Study, console, parser, show, stop
-from lab.text import Text, load, unigram_perplexity
-from lab.word_training import Settings, train
+from examples.command_line import stop, stoppable
+from examples.lab.report import Table, band, cell, figure, groups, style
+from examples.lab.study import GOES_ON, Study, console, parser, show
+from examples.lab.text import Text, load, unigram_perplexity
+from examples.lab.word_training import Settings, train
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from matplotlib.figure import Figure
 
-    from lab.study import Record
+    from examples.lab.study import Record
 
 FULL = {"epochs": 750}  # as long as AWD-LSTM was trained; the rest is the default of Settings
 SMALL = {
@@ -188,6 +189,7 @@ def draw(records: list[Record]) -> Figure:
     return result
 
 
+@stoppable(GOES_ON)
 def main() -> None:
     arguments = parser(__doc__, seeds=3, data="kjv")
     arguments.add_argument("--full", action="store_true", help="the paper's network and 750 epochs, on all of the text")

@@ -12,15 +12,16 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from lab.report import COLOURS, Table, cell, groups, learning_curves
-from lab.study import show
-from lab.sweep import sweep, title
+from examples.command_line import stoppable
+from examples.lab.report import COLOURS, Table, cell, groups, learning_curves
+from examples.lab.study import GOES_ON, show
+from examples.lab.sweep import sweep, title
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from lab.study import Record
-    from lab.sweep import Sweep
+    from examples.lab.study import Record
+    from examples.lab.sweep import Sweep
 
 PAPER = {"SGD": "below", "none": "95.15", "pullback": "95.16", "reset": "94.91"}
 """Test accuracy after 200 epochs. Of SGD the paper says only that all three are above it."""
@@ -52,6 +53,7 @@ def draw(records: list[Record]) -> Figure:
     return learning_curves(kinds(records), COLOURS)
 
 
+@stoppable(GOES_ON)
 def main() -> None:
     runs = sweep(__doc__, "momentum_at_sync", small={"epochs": 3}, full={})
     records = run(runs)

@@ -17,14 +17,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lab.report import Table, figure, groups, spread, style
-from lab.study import Study, parser, show, stop
+from examples.command_line import stop, stoppable
+from examples.lab.report import Table, figure, groups, spread, style
+from examples.lab.study import GOES_ON, Study, parser, show
 from lightning_lookahead.theory.noisy_quadratic import compare_at_risk, lookahead_variance, sgd_variance, simulate
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from lab.study import Record
+    from examples.lab.study import Record
 
 ALPHAS = (0.2, 0.5, 0.8)
 PRODUCTS = (0.1, 0.25, 0.5, 0.75, 1.0, 1.5)
@@ -169,6 +170,7 @@ def draw(records: list[Record]) -> Figure:
     return result
 
 
+@stoppable(GOES_ON)
 def main() -> None:
     arguments = parser(__doc__, seeds=3, data=HARMONIC)
     args = arguments.parse_args()

@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lab import images, text, training, word_training
-from lab.report import Table, cell, figure, groups, style, values
-from lab.study import Study, console, parser, show, stop
+from examples.command_line import stop, stoppable
+from examples.lab import images, text, training, word_training
+from examples.lab.report import Table, cell, figure, groups, style, values
+from examples.lab.study import GOES_ON, Study, console, parser, show
 from lightning_lookahead import LookaheadCallback
 from lightning_lookahead.theory.noisy_quadratic import compare_at_risk
 
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
     from matplotlib.figure import Figure
 
-    from lab.study import Record
+    from examples.lab.study import Record
 
 TUNING_SEED = 100
 FACTORS = (1.0, 0.5, 2.0)
@@ -323,6 +324,7 @@ def draw(records: list[Record]) -> Figure:
     return result
 
 
+@stoppable(GOES_ON)
 def main() -> None:
     arguments = parser(__doc__, seeds=5)
     arguments.add_argument("--task", choices=[*TASKS, "both"], default="both", help="what to train (both)")

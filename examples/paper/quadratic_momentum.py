@@ -14,15 +14,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lab.report import Table, figure, groups, style
-from lab.study import Study, parser, show
+from examples.command_line import stoppable
+from examples.lab.report import Table, figure, groups, style
+from examples.lab.study import GOES_ON, Study, parser, show
 from lightning_lookahead.theory.quadratic import MODES
 from lightning_lookahead.theory.tuning import best_parameters
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from lab.study import Record
+    from examples.lab.study import Record
 
 SPECTRA = {"two": "two eigenvalues, 1 and 1/kappa", "dense": "100 eigenvalues from 1 to 1/kappa, evenly on a log scale"}
 KAPPAS = (1e1, 1e2, 1e3, 1e4, 1e5, 1e6)
@@ -100,6 +101,7 @@ def draw(records: list[Record]) -> Figure:
     return result
 
 
+@stoppable(GOES_ON)
 def main() -> None:
     arguments = parser(__doc__, seeds=1)
     arguments.add_argument("--data", choices=[*SPECTRA, "both"], default="both", help="the spectrum (both)")

@@ -13,11 +13,12 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lab.published import arguments, publish
-from lab.study import Study, stop
+from examples.command_line import stop, stoppable
+from examples.lab.published import arguments, publish
+from examples.lab.study import Study
 
 if TYPE_CHECKING:
-    from lab.study import Record
+    from examples.lab.study import Record
 
 HERE = Path(__file__).parent
 
@@ -44,6 +45,7 @@ def block(name: str, records: list[Record]) -> str:
     return "\n" + "\n\n".join([*tables, f"![{name}](figures/{name}.png)", origin(records), ""])
 
 
+@stoppable()
 def main() -> None:
     args = arguments(__doc__)
 

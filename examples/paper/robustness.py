@@ -12,16 +12,17 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from lab.report import COLOURS, Table, band, cell, figure, groups, style
-from lab.study import show
-from lab.sweep import sweep, title
-from lab.training import Progress
+from examples.command_line import stoppable
+from examples.lab.report import COLOURS, Table, band, cell, figure, groups, style
+from examples.lab.study import GOES_ON, show
+from examples.lab.sweep import sweep, title
+from examples.lab.training import Progress
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from lab.study import Record
-    from lab.sweep import Sweep
+    from examples.lab.study import Record
+    from examples.lab.sweep import Sweep
 
 INNER = {"lr": (0.1, 0.2, 0.3), "momentum": (0.9, 0.95, 0.98)}
 OUTER = {"k": (5, 10), "alpha": (0.5, 0.8)}
@@ -108,6 +109,7 @@ def draw(records: list[Record]) -> Figure:
     return result
 
 
+@stoppable(GOES_ON)
 def main() -> None:
     runs = sweep(__doc__, "robustness", small={"epochs": 2}, full={})
     records = run(runs)

@@ -18,8 +18,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
@@ -32,10 +30,11 @@ from torch import Tensor, distributed, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.utils.data import DataLoader
 
-from lab import images, training
-from lab.report import Table, cell, figure, groups, style
-from lab.study import Study, parser, show, stop
-from lab.traffic import seconds_per_step
+from examples.command_line import stop, stoppable
+from examples.lab import images, processes, training
+from examples.lab.report import Table, cell, figure, groups, style
+from examples.lab.study import GOES_ON, Study, parser, show
+from examples.lab.traffic import seconds_per_step
 from lightning_lookahead import LookaheadCallback
 from lightning_lookahead.theory.noisy_quadratic import lookahead_variance, simulate
 
@@ -44,7 +43,7 @@ if TYPE_CHECKING:
 
     from matplotlib.figure import Figure
 
-    from lab.study import Record
+    from examples.lab.study import Record
 
 TUNING_SEED = 100
 BATCH = 64
@@ -249,7 +248,7 @@ def in_processes(settings: Run | Variance, folder: Path, data: str) -> Record:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={settings.workers}"]
     kind = type(settings).__name__
     own = ["--worker", json.dumps([kind, asdict(settings), data, str(results)])]
-    subprocess.run([*launcher, __file__, *own], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})  # noqa: S603
+    processes.run([*launcher, __file__, *own], folder / "log", OMP_NUM_THREADS="1")
     return json.loads(results.read_text())
 
 
@@ -419,6 +418,7 @@ def draw(records: list[Record]) -> Figure:
     return result
 
 
+@stoppable(GOES_ON)
 def main() -> None:
     arguments = parser(__doc__, seeds=3, data="fashion-mnist")
     arguments.add_argument("--worker", help="(for the processes that this program starts)")

@@ -1,14 +1,13 @@
 """The benchmarks still run, on next to nothing; what they measure there means nothing."""
 
 import json
-import os
 import re
 import subprocess
 import sys
 
 import pytest
 
-from tests.helpers.places import EXAMPLES
+from tests.helpers.places import EXAMPLES, environment
 
 BENCHMARKS = EXAMPLES / "benchmarks"
 PROGRAMS = sorted(path.stem for path in BENCHMARKS.glob("*.py") if path.stem not in {"results", "on_cuda"})
@@ -18,7 +17,7 @@ def start(name, *arguments, cwd):
     return subprocess.run(
         [sys.executable, BENCHMARKS / f"{name}.py", *arguments],
         cwd=cwd,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "300", "CUDA_VISIBLE_DEVICES": ""},
+        env=environment(COLUMNS="300", CUDA_VISIBLE_DEVICES=""),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -10,7 +10,6 @@ outside of the environment and name the folder::
 What is then missing are two detection operators, which are declared below; models, folders and transforms are real.
 """
 
-import contextlib
 import dataclasses
 import json
 import os
@@ -24,7 +23,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import imagenet
+from examples.paper import imagenet
+from lightning_lookahead import newest_checkpoint
+from tests.helpers.places import LAUNCHERS, environment
 
 DECLARATIONS = """
 import torch
@@ -32,14 +33,6 @@ library = torch.library.Library("torchvision", "DEF")
 for name in ("nms", "qnms"):
     library.define(name + "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 """
-LAUNCHERS = ("RANK", "LOCAL_RANK", "GROUP_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-
-
-def environment(*folders):
-    """One in which this process, where other tests have trained, is no rank of the programs that it starts."""
-    kept = {name: value for name, value in os.environ.items() if name not in LAUNCHERS}
-    path = os.pathsep.join([*map(str, filter(None, folders)), os.environ.get("PYTHONPATH", "")])
-    return {**kept, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "COLUMNS": "300"}
 
 
 @pytest.fixture(scope="session")
@@ -48,16 +41,15 @@ def torchvision(tmp_path_factory):
     unpacked, declared = os.environ.get("TORCHVISION_FOLDER"), tmp_path_factory.mktemp("declared")
     (declared / "sitecustomize.py").write_text(DECLARATIONS)  # Python imports this before the program
     for folders in ((unpacked,), (unpacked, declared)):
-        done = run("-c", "import torchvision", env=environment(*folders))
+        own = environment(*filter(None, folders), COLUMNS="300")
+        done = run("-c", "import torchvision", env=own)
         if done.returncode == 0:
-            return environment(*folders)
+            return own
     return pytest.skip(f"torchvision does not import here: {done.stderr.splitlines()[-1]}")
 
 
-def run(*arguments, env=None):
-    return subprocess.run(
-        [sys.executable, *arguments], env=env or environment(), capture_output=True, text=True, check=False
-    )
+def run(*arguments, env):
+    return subprocess.run([sys.executable, *arguments], env=env, capture_output=True, text=True, check=False)
 
 
 def start(env, *arguments):
@@ -112,21 +104,17 @@ def test_what_is_recorded_is_not_done_again(smoke, torchvision):
     assert (out / "imagenet.jsonl").read_bytes() == before
 
 
-def whole(paths):
-    """Those that can be read to their end: one may be just being written."""
-    found = []
-    for path in paths:
-        with contextlib.suppress(Exception):
-            torch.load(path, weights_only=True)
-            found.append(path)
-    return found
+def first_epochs(folder):
+    """The checkpoints of first epochs that are whole."""
+    folders = [path.parent for path in folder.glob("imagenet/*/epoch=0.ckpt")]
+    return [path for path in (newest_checkpoint(own, "epoch=0.ckpt") for own in folders) if path]
 
 
 @pytest.mark.slow
 def test_a_run_that_was_killed_goes_on_after_its_last_epoch(smoke, torchvision, tmp_path):
     command = [sys.executable, imagenet.__file__, "--smoke", "--out", str(tmp_path)]
     with subprocess.Popen(command, env=torchvision, stdout=subprocess.DEVNULL) as process:
-        while process.poll() is None and not (found := whole(tmp_path.glob("imagenet/*/epoch=0.ckpt"))):
+        while process.poll() is None and not (found := first_epochs(tmp_path)):
             time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
     assert not records(tmp_path), "it was to be killed within its first run"
@@ -187,8 +175,8 @@ def test_help_works_without_torchvision(monkeypatch, capsys):
 
 
 def test_without_torchvision_the_command_says_in_one_line_what_to_install(tmp_path, program):
-    paths = f"sys.path.insert(0, {str(Path(imagenet.__file__).parent)!r}); sys.modules['torchvision'] = None"
-    command = f"import sys; {paths}; import imagenet; sys.argv[0] = imagenet.__file__; imagenet.main()"
+    without = "import sys; sys.modules['torchvision'] = None"
+    command = f"{without}; from examples.paper import imagenet; sys.argv[0] = imagenet.__file__; imagenet.main()"
     done = program("-c", command, "--smoke", "--out", tmp_path)
     assert done.returncode == 1
     assert done.stderr == "imagenet.py: torchvision is not installed: pip install torchvision\n"

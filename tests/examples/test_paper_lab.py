@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from lab import images
-from lab.models import resnet18, resnet32
-from lab.training import Classifier, Settings, train
+from examples.lab import images
+from examples.lab.models import resnet18, resnet32
+from examples.lab.training import Classifier, Settings, train
 from tests.helpers.places import EXAMPLES
 
 PAPER = EXAMPLES / "paper"

@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from lab import text
-from lab.language import LanguageModel
-from lab.word_training import Settings, Windows, WordPredictor, train
+from examples.lab import text
+from examples.lab.language import LanguageModel
+from examples.lab.word_training import Settings, Windows, WordPredictor, train
 
 WORDS = {"ptb.train.txt": " a b \n c a \n", "ptb.valid.txt": " b \n", "ptb.test.txt": " c c \n"}
 

@@ -1,7 +1,6 @@
 """Each program of the paper as a real command: its smoke run leaves records and a figure, and is not done twice."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -9,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from tests.helpers.places import EXAMPLES
+from tests.helpers.places import EXAMPLES, environment
 
 PAPER = EXAMPLES / "paper"
 RUNS = {  # how many records a smoke run with one seed leaves
@@ -32,7 +31,7 @@ def start(name, *arguments, cwd):
     return subprocess.run(
         [sys.executable, PAPER / f"{name}.py", *arguments],
         cwd=cwd,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "300"},
+        env=environment(COLUMNS="300"),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

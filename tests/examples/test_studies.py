@@ -9,9 +9,10 @@ import time
 import pytest
 import torch
 
-from lab.report import Table, cell, spread
-from lab.study import Study, at_least_one
-from tests.helpers.places import EXAMPLES, environment
+from examples.command_line import at_least_one
+from examples.lab.report import Table, cell, spread
+from examples.lab.study import Study
+from tests.helpers.places import environment
 from tests.helpers.points import Point, counted
 
 
@@ -49,11 +50,10 @@ def test_what_is_no_number_becomes_null(tmp_path):
 
 
 FULL_DISK = """
-import resource, sys
-sys.path.insert(0, sys.argv[1])
+import resource
 from pathlib import Path
 from tests.helpers.points import Point, counted
-from lab.study import Study
+from examples.lab.study import Study
 study = Study("try", Path("out"))
 size = study.file.stat().st_size
 resource.setrlimit(resource.RLIMIT_FSIZE, (size + 100, size + 100))
@@ -67,7 +67,7 @@ def command(code, *arguments, **options):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env=environment(EXAMPLES / "paper"),
+        env=environment(),
         **options,
     )
 
@@ -76,7 +76,7 @@ def test_a_full_disk_leaves_the_records_as_they_were(tmp_path, program):
     study = Study("try", tmp_path / "out")
     study.complete([Point(0.1)], counted([]))
     before = study.file.read_bytes()
-    done = program("-c", FULL_DISK, EXAMPLES / "paper")
+    done = program("-c", FULL_DISK)
     assert "File too large" in done.stderr
     assert study.file.read_bytes() == before
     assert len(study.complete([Point(0.1), Point(0.2)], counted([]))) == 2
@@ -86,7 +86,7 @@ SHARED = """
 import os, sys, time
 from pathlib import Path
 from tests.helpers.points import Point
-from lab.study import Study
+from examples.lab.study import Study
 
 def run(settings, folder):
     if sys.argv[1] == "hangs":

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import re
 from typing import TYPE_CHECKING
 
-from lab.study import stop
+from examples.command_line import parser_of, stop
 
 if TYPE_CHECKING:
+    import argparse
     from collections.abc import Callable
     from pathlib import Path
 
@@ -17,8 +17,8 @@ BLOCK = re.compile(r"(<!-- records: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 def arguments(doc: str) -> argparse.Namespace:
     """Only ``--check``."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="change nothing; fail if RESULTS.md would change")
+    parser = parser_of(doc)
+    parser.add_argument("--check", action="store_true", help="change nothing; fail if the file would change")
     return parser.parse_args()
 
 
@@ -34,4 +34,4 @@ def publish(results: Path, block: Callable[[str], str], program: str, *, check: 
     if not check:
         results.write_text(filled)
     elif filled != text:
-        stop(f"RESULTS.md is not what the records give: run {program}")
+        stop(f"{results.name} is not what the records give: run {program}")

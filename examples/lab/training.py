@@ -5,17 +5,19 @@ from __future__ import annotations
 import logging
 import math
 import warnings
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
-from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
-from lab.images import ImageData, Images, augment
-from lab.models import MODELS
+from examples.lab.images import ImageData, Images, augment
+from examples.lab.models import MODELS
+from examples.lab.progress import bar
 from lightning_lookahead import LookaheadCallback, compare_weights
 
 if TYPE_CHECKING:
@@ -46,7 +48,7 @@ class Settings:
         alpha: Slow weights step size.
         pullback_momentum: What a sync does to momentum: ``none`` (maintain), ``pullback`` (interpolate) or ``reset``.
         average: Decay of an exponential average of the weights (Polyak) that is looked at instead; 0 for none.
-        model: A name in `lab.models.MODELS`.
+        model: A name in `examples.lab.models.MODELS`.
         width: Channels of its first stage; at least 8 on CPUs without AVX-512, where torch 2.13's convolution of 1x1
             with a stride, of 4 channels in channels-last, writes past the end of its memory.
         size: What the images are averaged down to; 0 leaves them.
@@ -159,6 +161,27 @@ class Progress(Callback):
         self.losses, self.sum, self.steps = (state_dict[name] for name in ("losses", "sum", "steps"))
 
 
+class FitBar(Callback):
+    """A bar that counts the steps of a fit, in the first process."""
+
+    def __init__(self) -> None:
+        self.shown = ExitStack()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero:
+            steps = bar("steps", trainer.estimated_stepping_batches, trainer.global_step)
+            self.show = self.shown.enter_context(steps)
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.is_global_zero:
+            self.show(trainer.global_step)
+
+    def on_train_end(self, *_: Any) -> None:
+        self.shown.close()
+
+    on_exception = on_train_end
+
+
 def quietly() -> None:
     """Nothing said of what is meant to be so."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -181,10 +204,11 @@ def trainer(settings: Any, folder: Path, callbacks: Sequence[Callback | None] = 
     checkpoint = ModelCheckpoint(folder, "last", save_on_train_epoch_end=True, enable_version_counter=False)
     return Trainer(
         max_epochs=settings.epochs,
-        callbacks=[*filter(None, callbacks), checkpoint, RichProgressBar(leave=False)],
+        callbacks=[*filter(None, callbacks), checkpoint, FitBar()],
         accelerator="auto",
         devices=1,
         logger=False,
+        enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
         reload_dataloaders_every_n_epochs=1,

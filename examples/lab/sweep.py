@@ -8,15 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lab.images import Images, load
-from lab.study import Study, at_least_one, parser, stop
-from lab.training import Settings, train
+from examples.command_line import at_least_one, stop
+from examples.lab.images import Images, load
+from examples.lab.study import Study, parser
+from examples.lab.training import Settings, train
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
     from pathlib import Path
 
-    from lab.study import Record
+    from examples.lab.study import Record
 
 FULL = {"width": 64, "epochs": 200}
 """The paper's network and length."""
@@ -72,7 +73,7 @@ def sweep(doc: str, name: str, *, seeds: int = 3, data: str = "fashion-mnist", s
         doc: The program's description.
         name: What its records are called.
         seeds: Runs of each kind, unless the user says otherwise.
-        data: What `lab.images.load` takes, unless the user says otherwise.
+        data: What `examples.lab.images.load` takes, unless the user says otherwise.
         small: Settings for a CPU, besides `SMALL`.
         full: Settings for ``--full``, besides `FULL`.
     """

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from examples.lab.progress import track
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
@@ -40,7 +42,7 @@ def take_turns(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[s
     gc.collect()
     gc.disable()
     try:
-        for turn in range(rounds):
+        for turn in track(range(rounds), "rounds"):
             first = turn % len(names)
             for name in names[first:] + names[:first]:
                 found[name].append(seconds(calls[name], times[name]))

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from matplotlib.axes import Axes
 
-    from lab.study import Record
+    from examples.lab.study import Record
 
 STYLE = {
     "axes.spines.top": False,

@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import DataLoader, Dataset
 
-from lab.language import LanguageModel, State
-from lab.training import Curves, DivergedError, quietly, resumable, trainer
+from examples.lab.language import LanguageModel, State
+from examples.lab.training import Curves, DivergedError, quietly, resumable, trainer
 from lightning_lookahead import LookaheadCallback, compare_weights
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from lab.text import Text
+    from examples.lab.text import Text
 
 ROWS = 10
 """Sequences that validation and test text are cut into."""
@@ -46,7 +46,7 @@ class Settings:
         embedding: Numbers for a word.
         hidden: Units of each layer but the last, which has ``embedding``.
         layers: LSTM layers.
-        drop_output: Dropouts, see `lab.language.LanguageModel`.
+        drop_output: Dropouts, see `examples.lab.language.LanguageModel`.
         drop_hidden: The same.
         drop_input: The same.
         drop_words: The same.

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from lab.study import stop
+from examples.command_line import stop
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import datetime as dt
 import json
 import platform
@@ -13,12 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lab.study import PACKAGES, at_least_one, console, finite, machine
+from examples.command_line import at_least_one, parser_of, stop, stoppable
+from examples.lab.study import PACKAGES, console, finite, machine
 
 if TYPE_CHECKING:
+    import argparse
     from collections.abc import Callable, Sequence
 
-    from lab.report import Table
+    from examples.lab.report import Table
 
 Report = dict[str, Any]
 """``rows`` (what was measured), and how: ``program``, ``command``, ``date``, ``machine``, ``versions``."""
@@ -29,7 +30,7 @@ PEERS = ("timm", "pytorch_optimizer", "torch-optimizer", "torch2-look-ahead")
 def arguments(doc: str, *, rounds: int) -> argparse.ArgumentParser:
     """The arguments that every benchmark takes: ``--rounds``, ``--json``, ``--smoke``, ``--device``."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    result = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    result = parser_of(doc)
     result.add_argument(
         "--rounds", type=at_least_one, default=rounds, help=f"how often each thing is measured ({rounds})"
     )
@@ -39,6 +40,7 @@ def arguments(doc: str, *, rounds: int) -> argparse.ArgumentParser:
     return result
 
 
+@stoppable()
 def run(
     args: argparse.Namespace,
     measure: Callable[[argparse.Namespace], list[dict[str, Any]]],
@@ -46,7 +48,7 @@ def run(
 ) -> None:
     """Measure, print the tables, and write the file."""
     if args.device == "cuda" and not torch.cuda.is_available():
-        sys.exit(f"{Path(sys.argv[0]).name}: there is no CUDA device here.")
+        stop("there is no CUDA device here.")
     if args.smoke:
         args.rounds = 2
     rows = measure(args)
@@ -57,7 +59,7 @@ def run(
         "command": " ".join(["python", f"examples/benchmarks/{Path(sys.argv[0]).name}", *_told(sys.argv[1:])]),
         "date": dt.datetime.now(dt.UTC).date().isoformat(),
         "rounds": args.rounds,
-        "machine": machine() if args.device == "cuda" else {**machine(), "device": _cpu()},
+        "machine": machine() if args.device == "cuda" else {**machine(), "device": cpu()},
         "versions": {"python": platform.python_version(), **_versions()},
         "rows": finite(rows),
     }
@@ -84,7 +86,7 @@ def _told(argv: Sequence[str]) -> list[str]:
     return [*argv[:at], *argv[at + 2 :]]
 
 
-def _cpu() -> str:
+def cpu() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().split("\n") if info.exists() else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]

@@ -7,7 +7,6 @@ processes share the work.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import datetime as dt
 import gc
@@ -17,7 +16,6 @@ import math
 import os
 import platform
 import shutil
-import sys
 import time
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -26,14 +24,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from filelock import FileLock, Timeout
-from rich.console import Console
+
+from examples.command_line import at_least_one, parser_of
+from examples.lab.progress import bar, console
 
 if TYPE_CHECKING:
+    import argparse
     from collections.abc import Callable, Iterator, Sequence
 
     from matplotlib.figure import Figure
 
-    from lab.report import Table
+    from examples.lab.report import Table
 
 PACKAGES = ("lightning_lookahead", "lightning", "torch", "torchmetrics", "numpy")
 """Those whose versions a record holds."""
@@ -41,7 +42,8 @@ PACKAGES = ("lightning_lookahead", "lightning", "torch", "torchmetrics", "numpy"
 Record = dict[str, Any]
 """``settings``, ``results``, ``seconds``, ``finished``, ``versions`` and ``machine`` of one run."""
 
-console = Console(highlight=False)
+GOES_ON = "The same command goes on: what has a record is not done again."
+"""What is said of a study that is stopped."""
 
 
 class Study:
@@ -82,19 +84,21 @@ class Study:
                 when a run is interrupted, and removed after it.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        while missing := [settings for settings in todo if key(settings) not in self._by_settings()]:
-            taken = 0
-            for settings in missing:
-                with self._claim(settings) as folder:
-                    if folder is None:
-                        continue
-                    if self.find(settings):  # done since we looked
-                        shutil.rmtree(folder)
-                        continue
-                    taken += 1
-                    self._do(settings, run, folder, f"{self.file.stem} {todo.index(settings) + 1}/{len(todo)}")
-            if not taken:
-                time.sleep(1)  # another process has the rest; if it ends early, we take over
+        with bar(self.file.stem, len(todo), len(todo) - len(self._missing(todo))) as show:
+            while missing := self._missing(todo):
+                taken = 0
+                for settings in missing:
+                    show(len(todo) - len(self._missing(todo)))
+                    with self._claim(settings) as folder:
+                        if folder is None:
+                            continue
+                        if self.find(settings):  # done since we looked
+                            shutil.rmtree(folder)
+                            continue
+                        taken += 1
+                        self._do(settings, run, folder, f"{self.file.stem} {todo.index(settings) + 1}/{len(todo)}")
+                if not taken:
+                    time.sleep(1)  # another process has the rest; if it ends early, we take over
         done = self._by_settings()
         return [done[key(settings)] for settings in todo]
 
@@ -102,7 +106,8 @@ class Study:
         """Take part, as another process of the same runs, in what the first one completes, and leave no records.
 
         A run in several processes needs all of them, in every run: this one looks up what is missing before the first
-        run can have ended, and takes no lock. See `leads`. All of them need to see the same folder.
+        run can have ended, and takes no lock. See `examples.command_line.leads`. All of them need to see the same
+        folder.
         """
         for settings in [settings for settings in todo if not self.find(settings)]:
             run(settings, self._folder(settings))
@@ -110,6 +115,11 @@ class Study:
     def _folder(self, settings: object) -> Path:
         """Where the checkpoints of a run are."""
         return self.folder / hashlib.sha256(key(settings).encode()).hexdigest()[:12]
+
+    def _missing(self, todo: Sequence[Any]) -> list[Any]:
+        """The settings that have no record yet."""
+        done = self._by_settings()
+        return [settings for settings in todo if key(settings) not in done]
 
     def _by_settings(self) -> dict[str, Record]:
         return {json.dumps(record["settings"], sort_keys=True): record for record in self.records()}
@@ -172,15 +182,6 @@ def key(settings: object) -> str:
     return json.dumps(dataclasses.asdict(settings), sort_keys=True)
 
 
-def leads() -> bool:
-    """Whether this process is the first of those that train together, and so the one that keeps the records.
-
-    Asked before there is a process group, so it goes by what torchrun, Lightning and SLURM tell the processes.
-    """
-    ranks = ("RANK", "LOCAL_RANK", "GROUP_RANK", "NODE_RANK", "SLURM_PROCID")
-    return all(os.environ.get(name, "0") == "0" for name in ranks)
-
-
 def finite(results: Any) -> Any:
     """The same with None for what JSON has no number for: infinite values and nan."""
     if isinstance(results, dict):
@@ -214,7 +215,7 @@ def show(study: Study, tables: Sequence[Table], figure: Figure) -> None:
 
 def parser(doc: str, *, seeds: int, data: str | None = None) -> argparse.ArgumentParser:
     """The arguments that every program takes: ``--data``, ``--seeds``, ``--smoke`` and ``--out``."""
-    result = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    result = parser_of(doc)
     if data is not None:
         result.add_argument("--data", default=data, help=f"a folder, or a name ({data} unless given)")
     result.add_argument(
@@ -225,17 +226,3 @@ def parser(doc: str, *, seeds: int, data: str | None = None) -> argparse.Argumen
     )
     result.add_argument("--out", type=Path, default=Path("outputs/paper"), help="folder for records and figures")
     return result
-
-
-def at_least_one(text: str) -> int:
-    """An argument that counts something."""
-    number = int(text)
-    if number < 1:
-        message = f"{number}: must be at least 1"
-        raise argparse.ArgumentTypeError(message)
-    return number
-
-
-def stop(message: object) -> None:
-    """End the program with one line."""
-    sys.exit(f"{Path(sys.argv[0]).name}: {message}")

@@ -1,0 +1,1 @@
+"""What the programs of the paper and the benchmarks share: data, models, training, and runs that leave records."""

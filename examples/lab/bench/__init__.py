@@ -1,0 +1,1 @@
+"""What the benchmarks share beside tables and machine names: times, memory, models and the other implementations."""
