@@ -8,70 +8,25 @@ accuracies (slow and fast weights apart) and saves a plot. The digits are scikit
 
 from __future__ import annotations
 
-import argparse
-import logging
 import statistics
-import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import matplotlib as mpl
-import torch
-from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import RichProgressBar
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
-from torchmetrics.classification import MulticlassAccuracy
 
+from command_line import at_least_one, parser_of, stoppable
+from common import ALONE, Digits, DigitsData, parse, quietly
 from lightning_lookahead import LookaheadCallback, compare_weights
 
+if TYPE_CHECKING:
+    from argparse import Namespace
+
 NAMES = {"sgd": "SGD", "slow": "Lookahead, slow weights", "fast": "Lookahead, fast weights"}
-
-
-class Digits(LightningModule):
-    """A small convolutional network for 8x8 images, trained by SGD with momentum."""
-
-    def __init__(self, lr: float, momentum: float) -> None:
-        super().__init__()
-        self.save_hyperparameters()
-        self.net = nn.Sequential(
-            nn.Conv2d(1, 16, 3, padding=1),
-            nn.ReLU(),
-            nn.MaxPool2d(2),
-            nn.Conv2d(16, 32, 3, padding=1),
-            nn.ReLU(),
-            nn.Flatten(),
-            nn.Linear(32 * 4 * 4, 10),
-        )
-        self.accuracy = MulticlassAccuracy(10, average="micro")
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.net(images)
-
-    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        images, digits = batch
-        return nn.functional.cross_entropy(self(images), digits)
-
-    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
-        images, digits = batch
-        scores = self(images)
-        self.accuracy(scores, digits)
-        self.log("accuracy", self.accuracy, prog_bar=True)
-        self.log("loss", nn.functional.cross_entropy(scores, digits))
-
-    def test_step(self, batch: list[Tensor], batch_idx: int) -> None:
-        self.validation_step(batch, batch_idx)
-
-    def predict_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        images, _ = batch
-        return self(images).argmax(dim=1)
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=self.hparams["lr"], momentum=self.hparams["momentum"])
 
 
 class Curve(Callback):
@@ -85,30 +40,7 @@ class Curve(Callback):
             self.accuracy.append(trainer.callback_metrics["accuracy"].item())
 
 
-class DigitsData(LightningDataModule):
-    """1,347 images to train on and 450 to test on, the same in every run.
-
-    That makes 43 batches, so that 8 epochs end four steps after a sync and slow and fast weights differ.
-    """
-
-    def setup(self, stage: str) -> None:
-        images, digits = load_digits(return_X_y=True)
-        split = train_test_split(images, digits, test_size=0.25, random_state=0, stratify=digits)
-        x, x_test, y, y_test = (torch.as_tensor(part) for part in split)
-        self.train, self.held_out = (
-            TensorDataset(a.float().reshape(-1, 1, 8, 8) / 16, b) for a, b in ((x, y), (x_test, y_test))
-        )
-
-    def train_dataloader(self) -> DataLoader:
-        return DataLoader(self.train, batch_size=32, shuffle=True)
-
-    def val_dataloader(self) -> DataLoader:
-        return DataLoader(self.held_out, batch_size=450)
-
-    test_dataloader = predict_dataloader = val_dataloader
-
-
-def train(seed: int, lookahead: LookaheadCallback | None, args: argparse.Namespace) -> tuple[dict[str, float], list]:
+def train(seed: int, lookahead: LookaheadCallback | None, args: Namespace) -> tuple[dict[str, float], list]:
     """One run: its final test accuracies, and the accuracy after every epoch."""
     seed_everything(seed, verbose=False)
     data = DigitsData()
@@ -116,12 +48,7 @@ def train(seed: int, lookahead: LookaheadCallback | None, args: argparse.Namespa
     trainer = Trainer(
         max_epochs=args.epochs,
         callbacks=[curve, RichProgressBar(leave=False), *([lookahead] if lookahead else [])],
-        accelerator="cpu",
-        devices=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
+        **ALONE,
     )
     trainer.fit(model, data)
 
@@ -131,7 +58,7 @@ def train(seed: int, lookahead: LookaheadCallback | None, args: argparse.Namespa
     return {"slow": final.slow["accuracy"], "fast": final.fast["accuracy"]}, curve.accuracy
 
 
-def table(final: dict[str, list[float]], args: argparse.Namespace) -> Table:
+def table(final: dict[str, list[float]], args: Namespace) -> Table:
     """Test accuracies at the end, a row for each set of weights."""
     title = f"Digits, lr {args.lr}, momentum {args.momentum}, k {args.k}, alpha {args.alpha}, {args.epochs} epochs"
     result = Table(title=title)
@@ -144,7 +71,7 @@ def table(final: dict[str, list[float]], args: argparse.Namespace) -> Table:
     return result
 
 
-def plot(curves: dict[str, list[list[float]]], args: argparse.Namespace) -> Figure:
+def plot(curves: dict[str, list[list[float]]], args: Namespace) -> Figure:
     """Test accuracy after each epoch, a line for each seed."""
     with mpl.rc_context({"axes.spines.top": False, "axes.spines.right": False}):
         figure = Figure(figsize=(6, 3.6), layout="constrained")
@@ -159,26 +86,18 @@ def plot(curves: dict[str, list[list[float]]], args: argparse.Namespace) -> Figu
     return figure
 
 
+@stoppable()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=3, help="runs with and without Lookahead, from seeds 0, 1, ...")
-    parser.add_argument("--epochs", type=int, default=8, help="passes over the 1,347 training images")
-    parser.add_argument("--lr", type=float, default=0.2, help="learning rate of SGD")
-    parser.add_argument("--momentum", type=float, default=0.9, help="momentum of SGD")
-    parser.add_argument("--k", type=int, default=5, help="inner steps between two syncs")
-    parser.add_argument("--alpha", type=float, default=0.5, help="slow weights step size, in (0, 1]")
+    parser = parser_of(__doc__)
+    parser.add_argument(
+        "--seeds", type=at_least_one, default=3, help="runs with and without Lookahead, from seeds 0, 1, ... (3)"
+    )
+    parser.add_argument("--epochs", type=at_least_one, default=8, help="passes over the 1,347 training images (8)")
+    parser.add_argument("--lr", type=float, default=0.2, help="learning rate of SGD (0.2)")
+    parser.add_argument("--momentum", type=float, default=0.9, help="momentum of SGD (0.9)")
     parser.add_argument("--out", type=Path, default=Path("outputs/digits.png"), help="file for the plot")
-    args = parser.parse_args()
-    if args.seeds < 1 or args.epochs < 1:
-        parser.error(f"--seeds {args.seeds} --epochs {args.epochs}: both must be at least 1")
-    try:
-        LookaheadCallback(args.k, args.alpha)
-    except ValueError as error:
-        parser.error(str(error))
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", message=".*(num_workers|LeafSpec).*")
-
-    torch.set_num_threads(1)  # in a network this small more threads only wait for one another
+    args = parse(parser)
+    quietly()
 
     console = Console()
     final: dict[str, list[float]] = {}

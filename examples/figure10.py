@@ -2,46 +2,43 @@
 
     python examples/figure10.py
 
-trains the network of `digits.py` with Lookahead from several seeds and looks at windows of 60 inner steps all through
+trains a small network with Lookahead from several seeds and looks at windows of 60 inner steps all through
 training. It prints in how many inner loops accuracy fell, and in how many of those the sync brought it back, and draws
 the windows of the first seed.
 """
 
 from __future__ import annotations
 
-import argparse
-import logging
-import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from digits import Digits, DigitsData
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import RichProgressBar
 from rich.console import Console
 from rich.table import Table
 
+from command_line import at_least_one, parser_of, stoppable
+from common import ALONE, Digits, DigitsData, parse, quietly
 from lightning_lookahead import InnerOuterMonitor, LookaheadCallback, Record, inner_loops, plot_inner_outer
 
+if TYPE_CHECKING:
+    from argparse import Namespace
 
-def train(seed: int, args: argparse.Namespace) -> list[Record]:
+
+def train(seed: int, args: Namespace) -> list[Record]:
     """One run; what its monitor has seen."""
     seed_everything(seed, verbose=False)
     monitor = InnerOuterMonitor(updates=args.updates, start=args.start, every_n_syncs=args.every_n_syncs)
     trainer = Trainer(
         max_epochs=args.epochs,
         callbacks=[LookaheadCallback(args.k, args.alpha, monitor=monitor), RichProgressBar(leave=False)],
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
+        **ALONE,
     )
     trainer.fit(Digits(args.lr, args.momentum), DigitsData())
     return monitor.history
 
 
-def table(histories: dict[int, list[Record]], args: argparse.Namespace) -> Table:
+def table(histories: dict[int, list[Record]], args: Namespace) -> Table:
     """A row for each seed: how inner loops ended, and what the sync made of it."""
     title = f"Digits, lr {args.lr}, momentum {args.momentum}, k {args.k}, alpha {args.alpha}, {args.epochs} epochs"
     result = Table("seed", title=title)
@@ -66,29 +63,25 @@ def table(histories: dict[int, list[Record]], args: argparse.Namespace) -> Table
     return result
 
 
+@stoppable()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=5, help="runs, from seeds 0, 1, ...")
-    parser.add_argument("--epochs", type=int, default=7, help="passes over the 1,347 training images (43 steps each)")
-    parser.add_argument("--lr", type=float, default=0.1, help="learning rate of SGD")
-    parser.add_argument("--momentum", type=float, default=0.9, help="momentum of SGD")
-    parser.add_argument("--k", type=int, default=5, help="inner steps between two syncs")
-    parser.add_argument("--alpha", type=float, default=0.5, help="slow weights step size, in (0, 1]")
-    parser.add_argument("--updates", type=int, default=60, help="inner steps in a window")
-    parser.add_argument("--start", type=int, default=40, help="inner steps before the first window")
-    parser.add_argument("--every-n-syncs", type=int, default=20, help="syncs from one window's beginning to the next's")
+    parser = parser_of(__doc__)
+    parser.add_argument("--seeds", type=at_least_one, default=5, help="runs, from seeds 0, 1, ... (5)")
+    parser.add_argument("--epochs", type=at_least_one, default=7, help="passes over the 1,347 training images (7)")
+    parser.add_argument("--lr", type=float, default=0.1, help="learning rate of SGD (0.1)")
+    parser.add_argument("--momentum", type=float, default=0.9, help="momentum of SGD (0.9)")
+    parser.add_argument("--updates", type=int, default=60, help="inner steps in a window (60)")
+    parser.add_argument("--start", type=int, default=40, help="inner steps before the first window (40)")
+    parser.add_argument(
+        "--every-n-syncs", type=int, default=20, help="syncs from one window's beginning to the next's (20)"
+    )
     parser.add_argument("--out", type=Path, default=Path("outputs/figure10.png"), help="file for the figure")
-    args = parser.parse_args()
-    if args.seeds < 1 or args.epochs < 1:
-        parser.error(f"--seeds {args.seeds} --epochs {args.epochs}: both must be at least 1")
+    args = parse(parser)
     try:
-        LookaheadCallback(args.k, args.alpha)
         InnerOuterMonitor(updates=args.updates, start=args.start, every_n_syncs=args.every_n_syncs)
     except ValueError as error:
         parser.error(str(error))
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", message=".*(num_workers|LeafSpec).*")
-    torch.set_num_threads(1)  # in a network this small more threads only wait for one another
+    quietly()
 
     console = Console()
     histories = {}

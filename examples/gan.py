@@ -9,11 +9,9 @@ eight Gaussians the generator reaches, and how many of its samples lie near one.
 
 from __future__ import annotations
 
-import argparse
-import logging
 import math
 import statistics
-import warnings
+from typing import TYPE_CHECKING
 
 import torch
 from lightning.pytorch import LightningModule, Trainer, seed_everything
@@ -23,7 +21,12 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from command_line import at_least_one, parser_of, stoppable
+from common import ALONE, parse, quietly
 from lightning_lookahead import LookaheadCallback
+
+if TYPE_CHECKING:
+    from argparse import Namespace
 
 SPREAD = 0.05
 RUNS = {"Adam": None, "Lookahead, each by itself": "independently", "Lookahead, together": "together"}
@@ -65,7 +68,7 @@ class Gan(LightningModule):
         return [torch.optim.Adam(player.parameters(), lr=self.lr, betas=(0.5, 0.999)) for player in players]
 
 
-def train(seed: int, sync_optimizers: str | None, args: argparse.Namespace) -> tuple[int, float]:
+def train(seed: int, sync_optimizers: str | None, args: Namespace) -> tuple[int, float]:
     """One run: Gaussians reached by at least 1% of the samples, and the share of samples near one."""
     seed_everything(seed, verbose=False)
     lookahead = [LookaheadCallback(args.k, args.alpha, sync_optimizers=sync_optimizers)] if sync_optimizers else []
@@ -73,10 +76,7 @@ def train(seed: int, sync_optimizers: str | None, args: argparse.Namespace) -> t
     trainer = Trainer(
         max_epochs=1,
         callbacks=[*lookahead, RichProgressBar(leave=False)],
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
+        **ALONE,
     )
     model = Gan(args.lr)
     trainer.fit(model, DataLoader(TensorDataset(real + SPREAD * torch.randn_like(real)), batch_size=128))
@@ -87,23 +87,14 @@ def train(seed: int, sync_optimizers: str | None, args: argparse.Namespace) -> t
     return int(reached.sum()), near.float().mean().item()
 
 
+@stoppable()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=3, help="runs of each kind, from seeds 0, 1, ...")
-    parser.add_argument("--steps", type=int, default=3000, help="batches of 128 samples")
-    parser.add_argument("--lr", type=float, default=2e-3, help="learning rate of Adam, for both players")
-    parser.add_argument("--k", type=int, default=5, help="inner steps between two syncs")
-    parser.add_argument("--alpha", type=float, default=0.5, help="slow weights step size, in (0, 1]")
-    args = parser.parse_args()
-    if args.seeds < 1 or args.steps < 1:
-        parser.error(f"--seeds {args.seeds} --steps {args.steps}: both must be at least 1")
-    try:
-        LookaheadCallback(args.k, args.alpha)
-    except ValueError as error:
-        parser.error(str(error))
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", message=".*(num_workers|LeafSpec).*")
-    torch.set_num_threads(1)  # in networks this small more threads only wait for one another
+    parser = parser_of(__doc__)
+    parser.add_argument("--seeds", type=at_least_one, default=3, help="runs of each kind, from seeds 0, 1, ... (3)")
+    parser.add_argument("--steps", type=at_least_one, default=3000, help="batches of 128 samples (3000)")
+    parser.add_argument("--lr", type=float, default=2e-3, help="learning rate of Adam, for both players (0.002)")
+    args = parse(parser)
+    quietly()
 
     console = Console()
     table = Table("", title=f"Ring of 8 Gaussians, lr {args.lr}, k {args.k}, alpha {args.alpha}, {args.steps} steps")
