@@ -3,7 +3,7 @@
     python examples/benchmarks/training.py
 
 The same fit, validation after every epoch included, without a callback and with one, taking turns. On a CPU
-scikit-learn's digits and the small network of `examples/digits.py`; on a GPU a ResNet-18 on random images of 32x32 that
+scikit-learn's digits and the small network of `examples/common.py`; on a GPU a ResNet-18 on random images of 32x32 that
 are on the GPU already, and a small network whose steps are over before the next is launched: there it would show if a
 sync waits for the device, which it does to see that all weights are finite, unless `nonfinite="ignore"`. Logger,
 progress bar and checkpoints are off: their time would hide the callback's. A Trainer takes time for the hooks of any
