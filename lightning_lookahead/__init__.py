@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from .trainer.cli import LookaheadCLI as LookaheadCLI
     from .trainer.comparison import Comparison as Comparison, compare_weights as compare_weights
 
+__version__ = "0.1.0"
+
 _NAMES = {
     "checkpointing": "load_weights newest_checkpoint",
     "evaluation.monitor": "InnerOuterMonitor",
