@@ -127,6 +127,12 @@ class Ranks:
     def alive(self):
         return _there(self.leader)
 
+    def dismiss(self):
+        """Tell the processes that there are no more calls: they end by themselves."""
+        for jobs in self.jobs:
+            with contextlib.suppress(OSError):  # they have ended
+                jobs.close()
+
     def close(self):
         """End the processes."""
         with contextlib.suppress(ProcessLookupError):
@@ -155,6 +161,12 @@ class Groups:
         return self.forking[kind]
 
     def close(self):
+        # In order where that goes: a process that is killed cannot say which lines it has reached.
+        for ranks in self.started.values():
+            ranks.dismiss()
+        patience = time.monotonic() + 20
+        while any(ranks.alive for ranks in self.started.values()) and time.monotonic() < patience:
+            time.sleep(0.005)
         for ranks in self.started.values():
             ranks.close()
         for forks in self.forking.values():
@@ -250,7 +262,7 @@ def _run(folder, arguments, variables, said):
 
 
 def _lead(number, folder):
-    """Fork ranks and end with the first of them that ends, as torchrun does."""
+    """Fork ranks and end with all of them, or with the first that fails, as torchrun does."""
     os.setsid()
     _print_to(folder / "log", folder / "log")
     if number == 1:
@@ -266,9 +278,10 @@ def _lead(number, folder):
 
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # at a port that is free, whichever it is
     _write(folder / "port", str(store.port).encode())
-    os.wait()
-    time.sleep(1)  # what the others say
-    os.killpg(0, signal.SIGKILL)
+    for _ in range(number):
+        if os.wait()[1]:
+            time.sleep(1)  # what the others say
+            os.killpg(0, signal.SIGKILL)
 
 
 def _serve(folder, rank, variables):
