@@ -8,6 +8,8 @@ around it. Each of the four has its own learning rate, the one of the same grid 
 training loss from a seed that is not among the others. The training loss is the running mean over the last batches, of
 the fast weights; the test loss is looked at now and then, with the slow weights where Lookahead is on. Seconds are of
 training steps only.
+
+Stopped with Ctrl-C, it goes on with the same command. What it has measured so far is in `outputs`.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import time
 from collections import deque
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,9 +29,8 @@ from examples.command_line import at_least_one, stop
 from examples.lab.bench.fits import trainer
 from examples.lab.bench.program import arguments, run
 from examples.lab.images import ImageData, Images, load
-from examples.lab.progress import track
 from examples.lab.report import Table, spread
-from examples.lab.study import console
+from examples.lab.study import GOES_ON, Study, console
 from examples.lab.training import Classifier, DivergedError, Settings, around, quietly
 
 if TYPE_CHECKING:
@@ -44,6 +46,8 @@ NAMES = {"sgd": "SGD", "adam": "Adam"}
 TUNING_SEED = 1000
 LOOK_AT = 1000
 """Test images, at most."""
+ANY = 1e9
+"""A test loss that is reached at once: the run ends with the training loss."""
 MEASURES = {"train": "training loss", "test": "test loss"}
 
 
@@ -139,21 +143,17 @@ def train(settings: Budget, images: Images, device: str) -> dict[str, Any]:
     return {**{measure: targets.reached.get(measure) for measure in MEASURES}, "best": targets.best}
 
 
-def tune(base: Budget, images: Images, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """The run of the tuning seed at each learning rate of the grid; only the training loss is to be reached."""
-    grid = GRIDS[base.optimizer]
-    if args.smoke:
-        grid = grid[1:3]
-    # A test loss that any is below: the run ends with the training loss.
-    runs = [replace(base, lr=lr, seed=TUNING_SEED, test=float("inf")) for lr in grid]
-    return [{"lr": one.lr, **train(one, images, args.device)} for one in track(runs, "learning rates")]
+def tuning(base: Budget, *, smoke: bool) -> list[Budget]:
+    """The runs of the tuning seed at each learning rate of the grid; only the training loss is to be reached."""
+    grid = GRIDS[base.optimizer][1:3] if smoke else GRIDS[base.optimizer]
+    return [replace(base, lr=lr, seed=TUNING_SEED, test=ANY) for lr in grid]
 
 
 def fewest(tuned: list[dict[str, Any]]) -> float:
     """The learning rate that reached the training loss first; if none did, that which came closest."""
 
     def steps(one: dict[str, Any]) -> tuple[float, float]:
-        return (one["train"]["steps"] if one["train"] else float("inf"), one["best"])
+        return tuple(float("inf") if n is None else n for n in ((one["train"] or {}).get("steps"), one["best"]))
 
     return min(tuned, key=steps)["lr"]
 
@@ -179,16 +179,24 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     if args.smoke:
         common = replace(common, width=8, steps=30, every=5, train=2.3, test=2.3)
     bases = [replace(common, optimizer=optimizer, k=k) for optimizer in GRIDS for k in (0, 5)]
+    study = Study(f"convergence-{args.device}-{images.name}-{common.steps}", Path("outputs"))
+
+    def results(runs: list[Budget]) -> list[dict[str, Any]]:
+        return [done["results"] for done in study.complete(runs, lambda own, _: train(own, images, args.device))]
+
     rows = []
-    for base in track(bases, "optimizers to tune"):
-        tuned = tune(base, images, args)
+    for base in bases:
+        runs = tuning(base, smoke=args.smoke)
+        tuned = [{"lr": own.lr, **found} for own, found in zip(runs, results(runs), strict=True)]
         best = replace(base, lr=fewest(tuned))
-        rows.append({"settings": asdict(best), "tuned": tuned, "runs": []})
+        rows.append({"settings": asdict(best), "tuned": tuned})
         console.print(f"{_name(rows[-1])}: learning rate {best.lr}")
     # Seed by seed: what slows the machine down for a while slows all down.
-    for seed in track(range(args.rounds), "seeds"):
-        for row in track(rows, "optimizers"):
-            row["runs"].append(train(Budget(**{**row["settings"], "seed": seed}), images, args.device))
+    runs = [Budget(**{**row["settings"], "seed": seed}) for seed in range(args.rounds) for row in rows]
+    found = results(runs)
+    for at, row in enumerate(rows):
+        row["runs"] = found[at :: len(rows)]
+    study.forget()
     return rows
 
 
@@ -249,4 +257,4 @@ if __name__ == "__main__":
     )
     parser.add_argument("--train", type=float, default=default.train, help=f"training loss to reach ({default.train})")
     parser.add_argument("--test", type=float, default=default.test, help=f"test loss to reach ({default.test})")
-    run(parser.parse_args(), measure, tables)
+    run(parser.parse_args(), measure, tables, then=GOES_ON)

@@ -102,6 +102,11 @@ class Study:
         done = self._by_settings()
         return [done[key(settings)] for settings in todo]
 
+    def forget(self) -> None:
+        """Remove the records: what they were for has been written elsewhere."""
+        self.file.unlink()
+        shutil.rmtree(self.folder)
+
     def follow(self, todo: Sequence[Any], run: Callable[[Any, Path], Record]) -> None:
         """Take part, as another process of the same runs, in what the first one completes, and leave no records.
 

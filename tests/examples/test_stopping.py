@@ -181,3 +181,20 @@ def test_ctrl_c_ends_the_ranks_that_a_program_has_started_and_the_command_goes_o
     assert "workers.py: stopped. The same command goes on" in terminal.text
     assert "Traceback" not in terminal.text
     assert not commands_with(str(tmp_path))
+
+
+@pytest.mark.slow
+def test_a_benchmark_of_many_runs_goes_on_where_it_was_stopped(tmp_path):
+    command = EXAMPLES / "benchmarks" / "convergence.py", "--smoke"
+    with Terminal(*command, cwd=tmp_path) as terminal:
+        terminal.wait_for(r"\(\d+ s\)(?s:.)*\(\d+ s\)")
+        terminal.press(CTRL_C)
+        assert terminal.end() == 130, terminal.text
+    assert "convergence.py: stopped. The same command goes on" in terminal.text
+    (records,) = (tmp_path / "outputs").glob("*.jsonl")
+    before = len(records.read_text().splitlines())
+    with Terminal(*command, cwd=tmp_path) as terminal:
+        assert terminal.end() == 0, terminal.text
+    runs = 4 * 2 + 4 * 2  # of the tuning, and of the seeds
+    assert len(re.findall(r"\(\d+ s\)", terminal.text)) == runs - before
+    assert list((tmp_path / "outputs").iterdir()) == []

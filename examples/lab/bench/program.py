@@ -40,13 +40,22 @@ def arguments(doc: str, *, rounds: int) -> argparse.ArgumentParser:
     return result
 
 
-@stoppable()
 def run(
     args: argparse.Namespace,
     measure: Callable[[argparse.Namespace], list[dict[str, Any]]],
     tables: Callable[[Report], Sequence[Table]],
+    then: str = "",
 ) -> None:
-    """Measure, print the tables, and write the file."""
+    """Measure, print the tables, and write the file; if it is stopped, say ``then``."""
+    with stoppable(then):
+        _run(args, measure, tables)
+
+
+def _run(
+    args: argparse.Namespace,
+    measure: Callable[[argparse.Namespace], list[dict[str, Any]]],
+    tables: Callable[[Report], Sequence[Table]],
+) -> None:
     if args.device == "cuda" and not torch.cuda.is_available():
         stop("there is no CUDA device here.")
     if args.smoke:
