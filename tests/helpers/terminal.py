@@ -3,6 +3,7 @@
 import fcntl
 import os
 import re
+import signal
 import subprocess
 import sys
 import termios
@@ -10,6 +11,12 @@ import termios
 from tests.helpers.places import environment
 
 CTRL_C = b"\x03"
+
+
+def _as_a_shell_does():
+    """Take the terminal, and let Ctrl-C end the program: what is started in the background ignores it."""
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 class Terminal:
@@ -27,7 +34,7 @@ class Terminal:
             cwd=cwd,
             env=environment(TERM="xterm", CUDA_VISIBLE_DEVICES=""),
             start_new_session=True,
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # noqa: PLW1509 (the terminal whose keys are its)
+            preexec_fn=_as_a_shell_does,  # noqa: PLW1509 (nothing else can give it a terminal whose keys are its own)
         )
         os.close(inner)
 
