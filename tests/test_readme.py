@@ -54,14 +54,18 @@ def test_the_command_for_the_main_job_ends_in_a_table_and_saves_a_plot(tmp_path)
 
 
 @pytest.mark.slow
-def test_its_commands_train_and_compare(tmp_path):
+def test_its_commands_train_and_compare_and_report(tmp_path):
     (block,) = blocks("console")
     (tmp_path / "examples").symlink_to(ROOT / "examples")
+    said = []
     for line in block.strip().splitlines():
         command = line.removeprefix("$ python ").split()
         done = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=False, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
-    assert "slow - fast" in done.stdout
+        said.append(done.stdout)
+    assert "slow - fast" in said[1]
+    assert (tmp_path / said[2].strip()).name == "report.html"
+    assert (tmp_path / said[2].strip()).is_file()
 
 
 def test_the_windows_of_the_digits_are_drawn_and_counted(tmp_path, program):
