@@ -177,10 +177,15 @@ def _exchange_(portions: list[Any]) -> None:
     try:
         for a, b in portions:
             values = copies(a)
-            copy_(a, b)
+            try:
+                copy_(a, b)
+            except BaseException:  # some tensors of a portion may be copied, and others not
+                copy_(a, values)
+                raise
             try:
                 copy_(b, values)
             except BaseException:
+                copy_(b, a)
                 copy_(a, values)
                 raise
             del values  # before the next ones are made

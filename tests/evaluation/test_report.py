@@ -512,7 +512,7 @@ frame.onload = () => {
 def test_a_browser_shows_the_values_that_are_pointed_at_and_complains_of_nothing(run, width):
     browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if browser is None:
-        pytest.skip("needs Chromium")
+        pytest.skip("no Chromium on this machine: the page was not looked at")
     page = Page(write_report(run))
     Path("harness.html").write_text(HARNESS.replace("PAGE", "run/report.html").replace("WIDTH", str(width)))
     options = "--headless --no-sandbox --disable-gpu --allow-file-access-from-files --virtual-time-budget=5000"

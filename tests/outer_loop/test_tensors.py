@@ -1,5 +1,6 @@
 import weakref
 from fractions import Fraction
+from itertools import product
 
 import pytest
 import torch
@@ -76,17 +77,18 @@ def test_an_exchange_needs_one_block_more_and_a_sync_none():
     assert live.peak == 0
 
 
-@pytest.mark.parametrize("fails_at", range(9))
-def test_an_exchange_that_fails_is_undone(monkeypatch, fails_at):
+@pytest.mark.parametrize(("most", "fails_at"), [*product([2], range(9)), *product([4], range(6))])
+def test_an_exchange_that_fails_is_undone(monkeypatch, most, fails_at):
     left, right = [torch.full((2,), float(i)) for i in range(3)], [torch.full((2,), 10.0 + i) for i in range(3)]
     calls = iter(range(100))
-    monkeypatch.setattr(tensors, "BLOCK", 2)
+    monkeypatch.setattr(tensors, "BLOCK", most)
 
     def failing(operation):
-        def call(*args):
+        def call(*lists):
             if next(calls) == fails_at:
+                operation(*([own[0]] for own in lists))  # of several tensors the first
                 raise torch.OutOfMemoryError
-            return operation(*args)
+            return operation(*lists)
 
         return call
 
