@@ -67,7 +67,7 @@ class LookaheadCallback(Callback):
         share_gradients: Whether DDP's ranks share gradients in each step. ``False``: from ``start_step`` on they train
             apart, and a sync moves phi towards the mean of their fast weights (Local SGD, DiLoCo).
         log_syncs: Send ``lookahead/syncs`` to the Trainer's loggers every ``log_every_n_steps``, and
-            ``lookahead/alpha`` if it changes. ``"progress_bar"`` shows them there, too.
+            ``lookahead/alpha`` if it changes. ``"progress_bar"`` shows them in the bar, too.
         log_distance: Send ``lookahead/distance`` there, how far theta and phi were apart just before the last sync
             (Euclidean).
         check_ranks: After each sync, compare the weights of all ranks (DDP), and their outer momentum, and raise if one
